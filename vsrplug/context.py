@@ -1,0 +1,129 @@
+"""What one forward pass knows (`Context`): frames, masks, flows, a memo, auxiliary losses, and where plug-ins go."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vsrplug.plugin import Plugin
+
+Routes = Mapping[str, Sequence[tuple[str, "Plugin"]]]  # site -> (attach name, plug-in), in the order they were attached
+
+
+class Flows(NamedTuple):
+    """Optical flow between consecutive frames, each (b, t-1, 2, h, w) in LR pixels, x then y.
+
+    `backward[:, i]` lives on frame i and points into frame i + 1: it warps frame i + 1 onto frame i, as the backward
+    branch of BasicVSR does. `forward[:, i]` lives on frame i + 1 and points into frame i.
+    """
+
+    backward: Tensor
+    forward: Tensor
+
+
+class Context:
+    """One forward pass. Made for one call of a `PluggedModel` and used up by it; a second use is an error.
+
+    Args:
+        frames: (b, t, 3, h, w) in [0, 1], the low-resolution clip.
+        masks: (b, t, m, h, w), 0 or 1: object masks of the frames, for plug-ins that read them.
+        keys: (b, n, 3, h, w), external key frames, for latent attention.
+        target: (b, t, 3, s h, s w), ground truth; the trainer sets it for plug-ins whose loss needs it.
+
+    Attributes:
+        flows: set by flow-based backbones, else None.
+        memo: what a plug-in computes once a pass. Keys are the plug-in, or `(plugin, site, t)` inside `forward`.
+    """
+
+    def __init__(
+        self, frames: Tensor, masks: Tensor | None = None, keys: Tensor | None = None, target: Tensor | None = None
+    ) -> None:
+        if frames.ndim != 5:
+            raise ValueError(f"frames must be (b, t, 3, h, w), got shape {tuple(frames.shape)}")
+        if masks is not None and (masks.ndim != 5 or _but_channels(masks) != _but_channels(frames)):
+            raise ValueError(
+                f"masks must be (b, t, m, h, w) like the frames {tuple(frames.shape)}, got {tuple(masks.shape)}"
+            )
+        self.frames = frames
+        self.masks = masks
+        self.keys = keys
+        self.target = target
+        self.flows: Flows | None = None
+        self.memo: dict[Hashable, Any] = {}
+        self._losses: dict[tuple[str, str], dict[tuple[str, int | None], Tensor]] = {}
+        self._routes: Routes = {}
+        self._used = False
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """`"<attach name>/<loss>"` -> scalar, the mean over the sites and steps that reported it."""
+        return {
+            f"{attached}/{loss}": sum(values.values()) / len(values)  # type: ignore[misc]
+            for (attached, loss), values in self._losses.items()
+        }
+
+    def begin(self, routes: Routes) -> None:
+        """Take the plug-ins of this pass. Called by `PluggedModel`; raises RuntimeError on a second pass."""
+        if self._used:
+            raise RuntimeError("this Context was used by an earlier pass; make a new one for every call of the model")
+        self._used = True
+        self._routes = routes
+
+    def pad(self, multiple: int) -> Tensor:
+        """Frames (b, t, 3, h', w') with h' and w' multiples of `multiple`; masks are padded alike.
+
+        The last row and column are repeated to the bottom and right. Calling it again changes nothing, so a backbone
+        calls it first thing, whether or not the model around it did already.
+        """
+        self.frames = _pad(self.frames, multiple)
+        if self.masks is not None:
+            self.masks = _pad(self.masks, multiple)
+        return self.frames
+
+    def refine(self, site: str, feature: Tensor, t: int | None = None, **given: Any) -> Tensor:
+        """The feature after every plug-in at `site`; the feature itself where nothing is attached.
+
+        Args:
+            site: the backbone's name for this place.
+            feature: (b, c, h, w) at a frame site, (b, t, c, h, w) at a clip site.
+            t: time step, at frame sites of recurrent networks.
+            given: what the site offers besides: `source` and `flow`, or `neighbours`.
+
+        Raises:
+            TypeError: a plug-in changed the shape or the dtype.
+        """
+        for attached, plugin in self._routes.get(site, ()):
+            refined = plugin(feature, self, site=site, t=t, **given)
+            if refined.shape != feature.shape or refined.dtype != feature.dtype:
+                raise TypeError(
+                    f"plug-in {attached!r} at site {site!r} was given {tuple(feature.shape)} {feature.dtype} and "
+                    f"returned {tuple(refined.shape)} {refined.dtype}; a plug-in keeps shape and dtype"
+                )
+            if refined.stride() != feature.stride():
+                # Another memory layout would choose another convolution kernel downstream, which rounds otherwise: the
+                # identity has to hold to the last bit.
+                refined = torch.empty_like(feature).copy_(refined)
+            feature = refined
+        return feature
+
+    def add_loss(self, plugin: Plugin, name: str, value: Tensor, *, site: str, t: int | None = None) -> None:
+        """Report an auxiliary loss. The same (plug-in, name, site, t) again replaces the value, it never adds:
+        gradient checkpointing runs a site twice."""
+        attached = next(known for routes in self._routes.values() for known, p in routes if p is plugin)
+        self._losses.setdefault((attached, name), {})[site, t] = value
+
+
+def _but_channels(clip: Tensor) -> tuple[int, ...]:
+    return tuple(clip.shape[:2] + clip.shape[3:])
+
+
+def _pad(clip: Tensor, multiple: int) -> Tensor:
+    bottom, right = -clip.shape[-2] % multiple, -clip.shape[-1] % multiple
+    if not (bottom or right):
+        return clip
+    return F.pad(clip.flatten(0, 1), (0, right, 0, bottom), mode="replicate").unflatten(0, clip.shape[:2])

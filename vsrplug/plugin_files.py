@@ -1,0 +1,179 @@
+"""Plug-in files: one safetensors file with weights, and data in its metadata from which the plug-ins are rebuilt.
+
+A file never names code to run: class names are looked up among the plug-ins of this library and the classes the caller
+passes, constructor arguments are plain JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vsrplug.foreign import ForeignSite
+from vsrplug.plugged import PluggedModel, attach, fingerprint
+from vsrplug.plugin import Plugin
+from vsrplug.site import unknown_name
+
+FORMAT = "vsrplug-plugins-1"
+
+
+def save_plugins(model: PluggedModel, path: str | Path, *, backbone: bool = True) -> None:
+    """Write the plug-ins of a model, weights and how to rebuild them, to one safetensors file.
+
+    Backbone parameters that changed since `attach` (biases that were tuned, say) are saved with them, since the
+    plug-ins alone would not give this model back. The file is written under a temporary name and renamed.
+
+    Args:
+        model: what `attach` returned, trained or not.
+        path: where to; conventionally `*.safetensors`.
+        backbone: False refuses to save where backbone parameters changed, instead of saving them too.
+
+    Raises:
+        ValueError: nothing is attached, a constructor argument cannot be written as JSON, or (with `backbone=False`)
+            the backbone changed.
+        OSError: the file could not be written; an older file of that name is as it was.
+    """
+    if not model.plugins:
+        raise ValueError("no plug-in is attached: there is nothing to save")
+    now = fingerprint(model.backbone)
+    changed = sorted(key for key in now if now[key] != model.fingerprint.get(key))
+    if changed and not backbone:
+        raise ValueError(
+            f"{len(changed)} backbone entries changed since attach ({', '.join(changed[:3])}, ...); the plug-ins alone "
+            "would not give this model back. Save with backbone=True, or restore the backbone."
+        )
+    state = model.state_dict()
+    tensors = {key: value for key, value in state.items() if key.startswith("plugins.")}
+    tensors |= {f"backbone.{key}": state[f"backbone.{key}"] for key in changed}
+    metadata = {
+        "format": FORMAT,
+        "plugins": _json({name: _describe(name, plugin) for name, plugin in model.plugins.items()}),
+        "foreign": _json({name: asdict(site) for name, site in model.foreign.items()}),
+        "fingerprint": _json(model.fingerprint),
+    }
+    write_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, metadata)
+
+
+def load_plugins(
+    model: nn.Module, path: str | Path, *, force: bool = False, classes: Iterable[type[Plugin]] = ()
+) -> PluggedModel:
+    """Read a plug-in file onto a backbone or a model that has these plug-ins already.
+
+    Args:
+        model: a backbone (the plug-ins are rebuilt and attached), or a `PluggedModel` whose plug-ins of the same names
+            take the weights.
+        path: what `save_plugins` wrote.
+        force: load although the backbone has other weights than the one the plug-ins were trained on.
+        classes: plug-in classes of your own that the file may name, besides those of `vsrplug.plugins`.
+
+    Returns:
+        The model given, or a new one around the backbone given.
+
+    Raises:
+        ValueError: not a plug-in file, a class that is not known, another backbone, or keys and shapes that do not fit;
+            nothing has been changed.
+    """
+    metadata, tensors = _read(path)
+    described: dict[str, dict[str, Any]] = json.loads(metadata["plugins"])
+    plugged = model if isinstance(model, PluggedModel) else None
+    backbone = plugged.backbone if plugged else model
+    saved = json.loads(metadata["fingerprint"])
+    own = plugged.fingerprint if plugged else fingerprint(backbone)
+    differing = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
+    if differing and not force:
+        raise ValueError(
+            f"{path}: these plug-ins were trained on a backbone with other weights: {len(differing)} of {len(own)} "
+            f"entries differ ({', '.join(differing[:3])}, ...). Load the same backbone weights, or pass force=True."
+        )
+    if plugged is None:
+        foreign = {name: ForeignSite(**site) for name, site in json.loads(metadata["foreign"]).items()}
+        known = _known(classes)
+        plugins = {name: _rebuild(path, description, known) for name, description in described.items()}
+        plugged = attach(backbone, sites=foreign, **plugins)
+    elif set(described) != set(plugged.plugins):
+        raise ValueError(
+            f"{path} holds plug-ins {sorted(described)}, this model has {sorted(plugged.plugins)}; give the backbone "
+            "alone and they are attached as saved"
+        )
+    state = plugged.state_dict()
+    expected = {key for key in state if key.startswith("plugins.")} | {k for k in tensors if k.startswith("backbone.")}
+    wrong = sorted(expected ^ tensors.keys()) + sorted(
+        key for key in expected & tensors.keys() if key not in state or state[key].shape != tensors[key].shape
+    )
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} entries do not fit this model: {', '.join(wrong[:10])}")
+    with torch.no_grad():
+        for key, value in tensors.items():
+            state[key].copy_(value)
+    return plugged
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to `path` under a temporary name first, so that a full disk or a kill leaves the old file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error}); a file that was there is as it was") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _describe(name: str, plugin: Plugin) -> dict[str, Any]:
+    arguments = {key: value for key, value in plugin.arguments.items() if key != "sites"}
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"plug-in {name!r} was made with an argument that is not plain data ({error}), so a file could not rebuild "
+            "it; give its constructor numbers, strings and lists"
+        ) from None
+    return {"class": type(plugin).__name__, "arguments": arguments, "sites": plugin.sites}
+
+
+def _rebuild(path: str | Path, description: dict[str, Any], known: dict[str, type[Plugin]]) -> Plugin:
+    name = description["class"]
+    if name not in known:
+        raise ValueError(f"{path}: {unknown_name('plug-in class', name, known)} Pass your own with classes=[{name}].")
+    return known[name](**description["arguments"], sites=description["sites"])
+
+
+def _known(classes: Iterable[type[Plugin]]) -> dict[str, type[Plugin]]:
+    from vsrplug import plugins  # the contract does not know the plug-ins; only a file that names one needs them
+
+    ours = (getattr(plugins, name) for name in plugins.__all__)
+    allowed = [c for c in ours if isinstance(c, type) and issubclass(c, Plugin)] + list(classes)
+    return {c.__name__: c for c in allowed}
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no plug-in file {path}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is cut short ({error}); save it again") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but no plug-in file: it lacks the format mark {FORMAT!r}")
+    return metadata, tensors
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
