@@ -1,0 +1,128 @@
+"""`BasicVSR`: bidirectional recurrent propagation with flow alignment. Chan et al., CVPR 2021 (papers 002, 003)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vsrplug.context import Context, Flows
+from vsrplug.site import SiteSpec
+
+from ._blocks import ResidualTrunk, in_chunks, warp
+from ._reconstruction import PixelShuffleHead
+from .spynet import SPyNet
+
+
+class BasicVSR(PixelShuffleHead):
+    """A clip, any number of frames, to the clip enlarged.
+
+    Sites (`h~` and `psi` as in SEEM, eq. 13 and 14): `input`, the frames, which feed flow, trunks and skip alike;
+    `{backward,forward}_warped`, the previous feature after alignment, given `source` (before it) and `flow`;
+    `{backward,forward}_input`, psi, what enters the residual blocks; `{backward,forward}_output`, h~, which is
+    propagated on and fused; `fused`, before the up-sampling. The first step of a direction has nothing to warp.
+
+    Args:
+        channels: width of the propagated features.
+        blocks: residual blocks of each direction.
+        scale: 1, 2, 3 or 4; official weights have 4.
+        flow: any module `(reference, supporting) -> flow (b, 2, h, w)` in LR pixels, x then y; None makes a `SPyNet`.
+        reconstruction_channels: width at the high resolution.
+
+    Raises:
+        ValueError: a scale it cannot build.
+    """
+
+    window: ClassVar[int | None] = None
+    multiple: ClassVar[int] = 1
+    official_names: ClassVar[tuple[tuple[str, str], ...]] = (
+        *((pattern.replace("^", r"^spynet\."), f"spynet.{ours}") for pattern, ours in SPyNet.official_names),
+        (r"^upsample([12])\.upsample_conv\.", r"upconv\1."),
+        (r"^(backward|forward)_resblocks\.", r"\1_trunk."),
+    )
+
+    def __init__(
+        self,
+        channels: int = 64,
+        blocks: int = 30,
+        scale: int = 4,
+        flow: nn.Module | None = None,
+        reconstruction_channels: int = 64,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.scale = scale
+        feature = SiteSpec(channels, "frame")
+        self.sites = {
+            "input": SiteSpec(3, "clip"),
+            **{f"{way}_{place}": feature for way in ("backward", "forward") for place in ("warped", "input", "output")},
+            "fused": SiteSpec(channels, "clip"),
+        }
+        self.spynet = SPyNet() if flow is None else flow  # the official name, whatever estimates the flow
+        self.backward_trunk = ResidualTrunk(channels + 3, channels, blocks)
+        self.forward_trunk = ResidualTrunk(channels + 3, channels, blocks)
+        self.fusion = nn.Conv2d(2 * channels, channels, 1)
+        self.add_head(channels, scale, reconstruction_channels)
+
+    def forward(self, frames: Tensor, context: Context | None = None) -> Tensor:
+        """Enlarge a clip.
+
+        Args:
+            frames: (b, t, 3, h, w) in [0, 1].
+            context: of this pass; `context.flows` is set.
+
+        Returns:
+            (b, t, 3, s h, s w), not clamped.
+        """
+        context = Context(frames) if context is None else context
+        b, t, _, h, w = frames.shape
+        clip = context.refine("input", context.pad(self.multiple))
+        context.flows = flows = self._flows(clip)
+        # warped with flows[:, i]: frame i + 1 onto i on the way back, frame i onto i + 1 on the way there
+        backward = self._propagate("backward", self.backward_trunk, clip, flows.backward, context)
+        forward = self._propagate("forward", self.forward_trunk, clip, flows.forward, context)
+        both = torch.cat((torch.stack(backward, 1), torch.stack(forward, 1)), dim=2)
+        fused = F.leaky_relu(self.fusion(both.flatten(0, 1)), 0.1, inplace=True).unflatten(0, (b, t))
+        fused = context.refine("fused", fused)
+        enlarged = in_chunks(self._reconstruct, fused.flatten(0, 1), clip.flatten(0, 1), pixels=h * w * self.scale**2)
+        return enlarged.unflatten(0, (b, t))
+
+    def _flows(self, clip: Tensor) -> Flows:
+        """Flow between neighbours in both directions, all in one batch as far as memory is bounded."""
+        b, t, _, h, w = clip.shape
+        if t == 1:
+            return Flows(clip.new_zeros(b, 0, 2, h, w), clip.new_zeros(b, 0, 2, h, w))
+        earlier, later = clip[:, :-1].flatten(0, 1), clip[:, 1:].flatten(0, 1)
+        flow = in_chunks(self.spynet, torch.cat((earlier, later)), torch.cat((later, earlier)), pixels=h * w)
+        backward, forward = flow.unflatten(0, (2, b, t - 1))
+        return Flows(backward, forward)
+
+    def _propagate(
+        self, way: str, trunk: Callable[..., Tensor], clip: Tensor, flows: Tensor, context: Context
+    ) -> list[Tensor]:
+        """The features h~ of one direction, in the order of the frames."""
+        b, steps, _, h, w = clip.shape
+        order = range(steps - 1, -1, -1) if way == "backward" else range(steps)
+        feature = clip.new_zeros(b, self.channels, h, w)
+        features: dict[int, Tensor] = {}
+        for t in order:
+            if features:
+                source, flow = feature, flows[:, t if way == "backward" else t - 1]
+                feature = context.refine(f"{way}_warped", warp(source, flow), t, source=source, flow=flow)
+            entering = partial(context.refine, f"{way}_input", t=t)
+            feature = trunk(torch.cat((clip[:, t], feature), dim=1), entering)
+            feature = features[t] = context.refine(f"{way}_output", feature, t)
+        return [features[t] for t in range(steps)]
+
+    def _reconstruct(self, fused: Tensor, frames: Tensor) -> Tensor:
+        enlarged = F.interpolate(frames, scale_factor=self.scale, mode="bilinear", align_corners=False)
+        return self.head(fused) + enlarged
+
+
+def basicvsr_tiny() -> BasicVSR:
+    """A BasicVSR small enough to travel with the package and to train on two CPU cores (x4, under 0.6 M parameters)."""
+    return BasicVSR(channels=32, blocks=5, flow=SPyNet(levels=4, widths=(16, 32, 16, 8)), reconstruction_channels=24)

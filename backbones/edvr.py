@@ -1,0 +1,314 @@
+"""EDVR: a window of frames is aligned by deformable convolutions on a pyramid, fused with attention, reconstructed."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vsrplug.context import Context
+from vsrplug.site import SiteSpec
+
+from ._blocks import ResidualBlock
+from ._deformable import DeformablePack
+from ._predeblur import Predeblur, enlarge
+from ._reconstruction import PixelShuffleHead
+
+
+class Pyramid(NamedTuple):
+    """Features of frames at three sizes: `level1` (b, t, c, h, w), `level2` and `level3` at 1/2 and 1/4 of that."""
+
+    level1: Tensor
+    level2: Tensor
+    level3: Tensor
+
+    def frame(self, t: int) -> Pyramid:
+        """The features of frame `t`, each (b, c, ...)."""
+        return Pyramid(*(level[:, t] for level in self))
+
+
+class PCDAlignment(nn.Module):
+    """Pyramid, cascading and deformable alignment of one frame's features to those of the reference frame.
+
+    Offsets are found on the coarsest level first; on the way to the next they are enlarged and, being pixels, doubled.
+
+    Args:
+        channels: width `c` of the features.
+        deform_groups: deformable groups.
+
+    Shape:
+        neighbour, reference: pyramids of (b, c, h, w), (b, c, h/2, w/2), (b, c, h/4, w/4) -> (b, c, h, w).
+
+    Source: Wang et al., "EDVR", CVPRW 2019, section 3.2, eq. 1-4.
+    """
+
+    def __init__(self, channels: int, deform_groups: int) -> None:
+        super().__init__()
+
+        def merge() -> nn.Conv2d:
+            return nn.Conv2d(2 * channels, channels, 3, padding=1)
+
+        def smooth() -> nn.Conv2d:
+            return nn.Conv2d(channels, channels, 3, padding=1)
+
+        def deform() -> DeformablePack:
+            return DeformablePack(channels, channels, deform_groups)
+
+        self.offset_conv1 = nn.ModuleDict({"l3": merge(), "l2": merge(), "l1": merge()})
+        self.offset_conv2 = nn.ModuleDict({"l3": smooth(), "l2": merge(), "l1": merge()})
+        self.offset_conv3 = nn.ModuleDict({"l2": smooth(), "l1": smooth()})
+        self.dcn_pack = nn.ModuleDict({"l3": deform(), "l2": deform(), "l1": deform()})
+        self.feat_conv = nn.ModuleDict({"l2": merge(), "l1": merge()})
+        self.cas_offset_conv1 = merge()
+        self.cas_offset_conv2 = smooth()
+        self.cas_dcnpack = deform()
+
+    def forward(self, neighbour: Pyramid, reference: Pyramid) -> Tensor:
+        """Pyramids of (b, c, ...) -> aligned feature (b, c, h, w)."""
+        offset = self._offset("l3", neighbour.level3, reference.level3, None)
+        aligned = _lrelu(self.dcn_pack["l3"](neighbour.level3, offset))
+
+        offset = self._offset("l2", neighbour.level2, reference.level2, enlarge(offset) * 2)
+        fine = self.dcn_pack["l2"](neighbour.level2, offset)
+        aligned = _lrelu(self.feat_conv["l2"](torch.cat((fine, enlarge(aligned)), dim=1)))
+
+        offset = self._offset("l1", neighbour.level1, reference.level1, enlarge(offset) * 2)
+        fine = self.dcn_pack["l1"](neighbour.level1, offset)
+        aligned = self.feat_conv["l1"](torch.cat((fine, enlarge(aligned)), dim=1))
+
+        offset = _lrelu(self.cas_offset_conv1(torch.cat((aligned, reference.level1), dim=1)))
+        return _lrelu(self.cas_dcnpack(aligned, _lrelu(self.cas_offset_conv2(offset))))
+
+    def _offset(self, level: str, neighbour: Tensor, reference: Tensor, coarse: Tensor | None) -> Tensor:
+        """The feature that a level's offsets are read from, given that of the coarser level, enlarged."""
+        offset = _lrelu(self.offset_conv1[level](torch.cat((neighbour, reference), dim=1)))
+        if coarse is None:
+            return _lrelu(self.offset_conv2[level](offset))
+        offset = _lrelu(self.offset_conv2[level](torch.cat((offset, coarse), dim=1)))
+        return _lrelu(self.offset_conv3[level](offset))
+
+
+class TSAFusion(nn.Module):
+    """Temporal and spatial attention: fuse aligned features into one.
+
+    Each frame is weighted by its correlation with the centre frame, position by position; the fused feature is then
+    multiplied by, and added to, what a small pyramid makes of all frames.
+
+    Args:
+        channels: width `c` of the features.
+        frames: number of frames `t`; the one in the middle is the reference.
+
+    Shape:
+        aligned: (b, t, c, h, w), h and w multiples of 4 -> (b, c, h, w).
+
+    Source: Wang et al., "EDVR", CVPRW 2019, section 3.3, eq. 5-8.
+    """
+
+    def __init__(self, channels: int, frames: int) -> None:
+        super().__init__()
+        self.centre = frames // 2
+        self.temporal_attn1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.temporal_attn2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.feat_fusion = nn.Conv2d(frames * channels, channels, 1)
+        self.spatial_attn1 = nn.Conv2d(frames * channels, channels, 1)
+        self.spatial_attn2 = nn.Conv2d(2 * channels, channels, 1)
+        self.spatial_attn3 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.spatial_attn4 = nn.Conv2d(channels, channels, 1)
+        self.spatial_attn5 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.spatial_attn_l1 = nn.Conv2d(channels, channels, 1)
+        self.spatial_attn_l2 = nn.Conv2d(2 * channels, channels, 3, padding=1)
+        self.spatial_attn_l3 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.spatial_attn_add1 = nn.Conv2d(channels, channels, 1)
+        self.spatial_attn_add2 = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, aligned: Tensor) -> Tensor:
+        """(b, t, c, h, w) -> (b, c, h, w)."""
+        reference = self.temporal_attn1(aligned[:, self.centre])
+        embedded = self.temporal_attn2(aligned.flatten(0, 1)).unflatten(0, aligned.shape[:2])
+        correlation = (embedded * reference.unsqueeze(1)).sum(dim=2, keepdim=True)
+        weighted = (aligned * correlation.sigmoid()).flatten(1, 2)
+        fused = _lrelu(self.feat_fusion(weighted))
+
+        attention = _lrelu(self.spatial_attn2(_reduce(_lrelu(self.spatial_attn1(weighted)))))
+        coarse = _lrelu(self.spatial_attn_l2(_reduce(_lrelu(self.spatial_attn_l1(attention)))))
+        coarse = enlarge(_lrelu(self.spatial_attn_l3(coarse)))
+        attention = _lrelu(self.spatial_attn4(_lrelu(self.spatial_attn3(attention)) + coarse))
+        attention = self.spatial_attn5(enlarge(attention))
+        added = self.spatial_attn_add2(_lrelu(self.spatial_attn_add1(attention)))
+        return fused * attention.sigmoid() * 2 + added  # doubled: a sigmoid starts near 1/2
+
+
+class EDVR(PixelShuffleHead, nn.Module):
+    """Video restoration with enhanced deformable convolutions: one SR frame, the centre's, from a window of LR frames.
+
+    For clips of any length use `SlidingWindow(EDVR())`. Any height and width: frames are padded to `multiple` inside
+    and the result is cropped back.
+
+    Sites:
+        `input` (clip, 3 channels): the frames; everything, the bilinear base too, sees them refined.
+        `features` (clip): level-1 features of all frames; levels 2 and 3 are made from the refined ones.
+        `reference` (frame): the centre frame's level-1 feature as the reference of the alignment (paper 003, eq. 8).
+            The features that are aligned, the centre's own among them, and levels 2 and 3 stay as they are.
+        `aligned` (clip): aligned features. `fused` (frame): after the fusion, given `neighbours`, the aligned features
+            (b, t, c, h, w). `reconstructed` (frame): after the residual trunk.
+        Frame sites are given the time step of the centre frame.
+
+    Args:
+        channels: width of the features, 64 (EDVR-M) or 128 (EDVR-L).
+        frames: length of the window, odd.
+        extract_blocks: residual blocks of the feature extraction.
+        reconstruct_blocks: residual blocks after the fusion, 10 (EDVR-M) or 40 (EDVR-L).
+        deform_groups: deformable groups of the alignment; they divide `channels`.
+        tsa: fuse by temporal and spatial attention, else by one 1x1 convolution.
+        predeblur: extract features by the pre-deblurring pyramid.
+        hr_input: frames already have the size of the result (deblurring, compression): `scale` becomes 1 and the sites
+            behind the frames have stride 4. Needs `predeblur`, which holds the strided convolutions.
+        scale: enlargement, 1 to 4; published weights are for 4.
+
+    Raises:
+        ValueError: arguments that do not go together.
+
+    Shape:
+        frames: (b, t, 3, h, w) in [0, 1], t equal to `frames` -> (b, 1, 3, s h, s w), not clamped.
+
+    Source: Wang et al., "EDVR", CVPRW 2019; paper 003, section 3.4.1. Layout of weights: BasicSR.
+    """
+
+    official_names: ClassVar[tuple[tuple[str, str], ...]] = (  # mmagic's key -> ours
+        (r"^pcd_alignment\.", r"pcd_align."),
+        (r"(offset_conv[123]|feat_conv)\.(l[123])\.conv\.", r"\1.\2."),
+        (r"(cas_offset_conv[12])\.conv\.", r"\1."),
+        (r"(feat_fusion|spatial_attn[1234]|spatial_attn_l[123]|spatial_attn_add1)\.conv\.", r"\1."),
+        (r"^feat_l([23])_conv([12])\.conv\.", r"conv_l\1_\2."),
+        (r"^upsample([12])\.upsample_conv\.", r"upconv\1."),
+    )
+
+    def __init__(
+        self,
+        channels: int = 64,
+        frames: int = 5,
+        extract_blocks: int = 5,
+        reconstruct_blocks: int = 10,
+        deform_groups: int = 8,
+        tsa: bool = True,
+        predeblur: bool = False,
+        hr_input: bool = False,
+        scale: int = 4,
+    ) -> None:
+        super().__init__()
+        if frames < 1 or frames % 2 == 0:
+            raise ValueError(f"frames must be odd, a centre and as many on either side, got {frames}")
+        if hr_input and not predeblur:
+            raise ValueError("hr_input=True needs predeblur=True: its strided convolutions bring the frames to 1/4")
+        if hr_input and scale != 4:
+            raise ValueError(f"hr_input=True reduces by 4 and enlarges by 4; leave scale at 4, got {scale}")
+        self.channels = channels
+        self.scale = 1 if hr_input else scale
+        self.window = frames
+        self.centre = frames // 2
+        self.multiple = 16 if hr_input else 4
+        self.hr_input = hr_input
+        stride = 4 if hr_input else 1
+        self.sites = {
+            "input": SiteSpec(3, "clip"),
+            "features": SiteSpec(channels, "clip", stride),
+            "reference": SiteSpec(channels, "frame", stride),
+            "aligned": SiteSpec(channels, "clip", stride),
+            "fused": SiteSpec(channels, "frame", stride),
+            "reconstructed": SiteSpec(channels, "frame", stride),
+        }
+        if predeblur:
+            self.predeblur = Predeblur(channels, hr_input)
+            self.conv_1x1 = nn.Conv2d(channels, channels, 1)
+        else:
+            self.conv_first = nn.Conv2d(3, channels, 3, padding=1)
+        self.feature_extraction = nn.Sequential(*(ResidualBlock(channels) for _ in range(extract_blocks)))
+        self.conv_l2_1 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv_l2_2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_l3_1 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv_l3_2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.pcd_align = PCDAlignment(channels, deform_groups)
+        self.fusion = TSAFusion(channels, frames) if tsa else nn.Conv2d(frames * channels, channels, 1)
+        self.reconstruction = nn.Sequential(*(ResidualBlock(channels) for _ in range(reconstruct_blocks)))
+        self.add_head(channels, scale)
+
+    def forward(self, frames: Tensor, context: Context | None = None, pyramid: Pyramid | None = None) -> Tensor:
+        """Super-resolve the centre frame.
+
+        Args:
+            frames: (b, t, 3, h, w) in [0, 1], t equal to `window`.
+            context: of this pass; made here where there is none.
+            pyramid: what `extract` gave for these frames. The sites `input` and `features` are not called then.
+
+        Returns:
+            (b, 1, 3, s h, s w), not clamped.
+
+        Raises:
+            ValueError: a number of frames other than `window`.
+        """
+        context = Context(frames) if context is None else context
+        if frames.shape[1] != self.window:
+            raise ValueError(
+                f"this EDVR takes windows of {self.window} frames, got {frames.shape[1]}; for a clip of any length use "
+                "SlidingWindow(model)"
+            )
+        padded = context.pad(self.multiple)
+        if pyramid is None:
+            padded = context.refine("input", padded)
+            pyramid = self._coarser(context.refine("features", self._level1(padded)))
+        reference = pyramid.frame(self.centre)
+        reference = reference._replace(level1=context.refine("reference", reference.level1, t=self.centre))
+        # One frame at a time: the sampled columns are nine times a feature, and alignment holds the peak of memory.
+        aligned = torch.stack([self.pcd_align(pyramid.frame(t), reference) for t in range(self.window)], dim=1)
+        aligned = context.refine("aligned", aligned)
+        fused = self.fusion(aligned if isinstance(self.fusion, TSAFusion) else aligned.flatten(1, 2))
+        fused = context.refine("fused", fused, t=self.centre, neighbours=aligned)
+        trunk = self.reconstruction(fused.contiguous(memory_format=torch.channels_last))
+        base = padded[:, self.centre]
+        if self.scale > 1:
+            base = F.interpolate(base, scale_factor=self.scale, mode="bilinear", align_corners=False)
+        restored = self.head(context.refine("reconstructed", trunk, t=self.centre)) + base
+        h, w = frames.shape[-2:]
+        return restored[..., : h * self.scale, : w * self.scale].unsqueeze(1)
+
+    def extract(self, frames: Tensor) -> Pyramid:
+        """Features of frames, each on its own: the part of the network that windows of one clip have in common.
+
+        Args:
+            frames: (b, t, 3, h, w) in [0, 1], any t, h and w multiples of `multiple`.
+
+        Raises:
+            ValueError: a size that is no multiple of `multiple`.
+        """
+        h, w = frames.shape[-2:]
+        if h % self.multiple or w % self.multiple:
+            raise ValueError(
+                f"extract takes sizes that are multiples of {self.multiple}, got {h} x {w}; pad the clip first with "
+                f"Context(frames).pad({self.multiple})"
+            )
+        return self._coarser(self._level1(frames))
+
+    def _level1(self, frames: Tensor) -> Tensor:
+        """(b, t, 3, h, w) -> features of the finest level, (b, t, c, h, w)."""
+        flat = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        deblurred = hasattr(self, "predeblur")
+        feature = self.conv_1x1(self.predeblur(flat)) if deblurred else _lrelu(self.conv_first(flat))
+        return self.feature_extraction(feature).unflatten(0, frames.shape[:2])
+
+    def _coarser(self, level1: Tensor) -> Pyramid:
+        """Features of the finest level -> all three."""
+        level2 = _lrelu(self.conv_l2_2(_lrelu(self.conv_l2_1(level1.flatten(0, 1)))))
+        level3 = _lrelu(self.conv_l3_2(_lrelu(self.conv_l3_1(level2))))
+        return Pyramid(level1, *(level.unflatten(0, level1.shape[:2]) for level in (level2, level3)))
+
+
+def _lrelu(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.1)
+
+
+def _reduce(x: Tensor) -> Tensor:
+    """(b, c, h, w) -> (b, 2 c, h/2, w/2): the maximum and the mean of each neighbourhood."""
+    pooled = (F.max_pool2d(x, 3, stride=2, padding=1), F.avg_pool2d(x, 3, stride=2, padding=1))
+    return torch.cat(pooled, dim=1)
