@@ -1,0 +1,200 @@
+"""Every plug-in at every site it serves, on every backbone. A new plug-in is one row of PLUGINS."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vsrplug import Context, PluggedModel, Plugin, attach, load_plugins, save_plugins
+from vsrplug.backbones import EDVR, BasicVSR, SPyNet
+from vsrplug.plugins import MemoryBankPlugin, SEEMPlugin
+
+C, MASKS = 16, 5
+
+BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    "edvr": lambda: EDVR(C, frames=3, extract_blocks=1, reconstruct_blocks=1, deform_groups=4),
+    "edvr_without_tsa": lambda: EDVR(C, frames=3, extract_blocks=1, reconstruct_blocks=1, deform_groups=4, tsa=False),
+    "basicvsr": lambda: BasicVSR(C, 1, flow=SPyNet(levels=2, widths=(4, 4)), reconstruction_channels=8),
+}
+
+
+class Row(NamedTuple):
+    """A plug-in, the constructor arguments that suit narrow features, and what its pass needs besides frames."""
+
+    make: type[Plugin]
+    arguments: dict[str, Any]
+    masks: bool = False
+
+
+PLUGINS = {
+    "memory_bank": Row(MemoryBankPlugin, {"groups": 4, "entries": 8}),
+    "seem": Row(SEEMPlugin, {"masks": MASKS}, masks=True),
+}
+
+
+def served(row: Row, backbone: nn.Module) -> list[str]:
+    return [site for site, spec in backbone.sites.items() if spec.kind in row.make.kinds and spec.channels == C]
+
+
+CELLS = [
+    pytest.param(plugin, backbone, site, id=f"{plugin}-{backbone}-{site}")
+    for plugin, row in PLUGINS.items()
+    for backbone, make in BACKBONES.items()
+    for site in served(row, make())
+]
+PAIRS = [pytest.param(p, b, id=f"{p}-{b}") for p in PLUGINS for b in BACKBONES]
+
+
+def noisy(name: str) -> nn.Module:
+    """A backbone with a little noise on its weights: a fresh EDVR has zero offsets and is blind at some sites."""
+    backbone = BACKBONES[name]()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return backbone
+
+
+def build(plugin: str, backbone: nn.Module, sites: tuple[str, ...] | None = None, **changes: Any) -> PluggedModel:
+    row = PLUGINS[plugin]
+    return attach(backbone, it=row.make(C, sites=sites, **{**row.arguments, **changes}))
+
+
+def clip(t: int = 3, h: int = 12, w: int = 16) -> Tensor:
+    return torch.rand(2, t, 3, h, w)
+
+
+def run(model: nn.Module, frames: Tensor, plugin: str) -> tuple[Tensor, Context]:
+    b, t, _, h, w = frames.shape
+    generator = torch.Generator().manual_seed(1)
+    masks = (torch.rand(b, t, MASKS, h, w, generator=generator) > 0.5).to(frames) if PLUGINS[plugin].masks else None
+    context = Context(frames, masks=masks)
+    return model(frames, context), context
+
+
+def loss_of(out: Tensor, context: Context) -> Tensor:
+    return out.square().mean() + sum(context.losses.values(), torch.zeros(()))
+
+
+def awake(model: PluggedModel) -> PluggedModel:
+    """The plug-ins with noise on every parameter: no longer the identity."""
+    with torch.no_grad():
+        for parameter in model.plugins.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(("plugin", "backbone", "site"), CELLS)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_identity_then_every_parameter_learns(plugin: str, backbone: str, site: str, training: bool) -> None:
+    network = noisy(backbone)
+    frames = clip()
+    plain = network.train(training)(frames)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    model = build(plugin, network, (site,)).train(training)
+    assert torch.equal(run(model, frames, plugin)[0], plain)
+    assert {key.split(".")[0] for key in model.state_dict()} == {"backbone", "plugins"}
+
+    network.requires_grad_(False)
+    started = {name: p.detach().clone() for name, p in model.plugins.named_parameters()}
+    optimizer = torch.optim.Adam(model.plugins.parameters(), 1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(*run(model, frames, plugin)).backward()
+        optimizer.step()
+    still = [name for name, p in model.plugins.named_parameters() if torch.equal(p, started[name])]
+    assert not still, f"dead after two steps: {still}"
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert not torch.equal(run(model, frames, plugin)[0], plain)
+    model.detach("it")
+    assert torch.equal(model(frames), plain)
+    assert torch.equal(network(frames), plain)
+
+
+@pytest.mark.parametrize(("plugin", "backbone"), PAIRS)
+def test_odd_sizes_and_single_frames(plugin: str, backbone: str) -> None:
+    network = noisy(backbone).eval()
+    t = network.window or 1
+    for h, w in ((13, 10), (5, 7)):
+        frames = clip(t, h, w)
+        model = build(plugin, network)
+        out = run(model, frames, plugin)[0]
+        assert out.shape == (2, 1, 3, 4 * h, 4 * w)
+        assert torch.equal(out, network(frames))
+
+
+@pytest.mark.parametrize(("plugin", "backbone"), PAIRS)
+def test_nothing_of_a_call_stays_behind(plugin: str, backbone: str) -> None:
+    model = awake(build(plugin, noisy(backbone))).eval()
+    frames, others = clip(), clip(h=8, w=8)
+    first = run(model, frames, plugin)[0]
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    run(model, others, plugin)
+    assert torch.equal(run(model, frames, plugin)[0], first)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    twin = copy.deepcopy(model)
+    assert torch.equal(run(twin, frames, plugin)[0], first)
+    tensors = [
+        (name, key)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    assert not tensors, f"tensors kept outside parameters and buffers: {tensors}"
+
+
+@pytest.mark.parametrize(("plugin", "backbone"), PAIRS)
+def test_saved_and_loaded(plugin: str, backbone: str, tmp_path: Any) -> None:
+    network = noisy(backbone).eval()
+    model = awake(build(plugin, network)).eval()
+    frames = clip()
+    expected = run(model, frames, plugin)[0]
+    save_plugins(model, tmp_path / "it.safetensors")
+    again = load_plugins(copy.deepcopy(network), tmp_path / "it.safetensors").eval()
+    assert torch.equal(run(again, frames, plugin)[0], expected)
+    assert again.plugins["it"].sites == model.plugins["it"].sites
+
+
+@pytest.mark.parametrize(("plugin", "backbone"), PAIRS)
+def test_bfloat16_and_autocast(plugin: str, backbone: str) -> None:
+    model = awake(build(plugin, noisy(backbone))).eval()
+    frames = clip()
+    exact = run(model, frames, plugin)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(model, frames, plugin)[0]
+    half = run(model.to(torch.bfloat16), frames.bfloat16(), plugin)[0]
+    scale = exact.abs().max()
+    assert (cast.float() - exact).abs().mean() < 0.02 * scale
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).abs().mean() < 0.05 * scale
+
+
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+def test_several_plugins_on_one_site_run_in_order(backbone: str) -> None:
+    network = noisy(backbone).eval()
+    frames = clip()
+    bank = PLUGINS["memory_bank"]
+    one = bank.make(C, sites=("fused",), **bank.arguments)
+    two = bank.make(C, sites=("fused",), **bank.arguments)
+    model = awake(attach(network, one=one, two=two)).eval()
+    reverse = attach(network, two=two, one=one).eval()
+    context = Context(frames)
+    out = model(frames, context)
+    assert set(context.losses) == {"one/quantisation", "two/quantisation"}
+    assert not torch.equal(out, reverse(frames))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("plugin", "backbone"), PAIRS)
+def test_compiles_without_a_graph_break(plugin: str, backbone: str) -> None:
+    model = awake(build(plugin, noisy(backbone))).eval()
+    frames = clip()
+    with torch.no_grad():
+        expected = run(model, frames, plugin)[0]
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        out = run(compiled, frames, plugin)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
