@@ -1,0 +1,1 @@
+"""Hydra configuration: groups of yaml files, each of them a constructor call."""

@@ -1,0 +1,149 @@
+"""`TrainingClips`: short low- and high-resolution windows cut from clips, each a function of (seed, k) alone."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vsrplug.data.clip import Clip
+from vsrplug.data.mask_cache import MaskCache
+from vsrplug.data.transforms import Box, Pose, Sample, crop
+from vsrplug.degradations import crop_to_multiple
+
+_MARGIN = 16  # HR pixels around a crop that are degraded with it and then cut off: more than any kernel reaches
+
+
+class Degradation(Protocol):
+    """HR frames (t, 3, s h, s w) in [0, 1] -> LR frames (t, 3, h, w) in [0, 1]."""
+
+    @property
+    def scale(self) -> int:
+        """`s`."""
+        ...
+
+    def __call__(self, hr: Tensor, /) -> Tensor:
+        """Degrade the frames."""
+        ...
+
+
+class TrainingClips(Dataset[Sample]):
+    """An endless map: sample k depends on (seed, k) and nothing else, so a run resumes at any k exactly.
+
+    Each sample is a window of `frames` consecutive frames, every window of every clip being equally likely, cut at a
+    random place, and (with `augment`) flipped, turned and reversed in time. The high-resolution window is brought into
+    its pose before it is degraded: the grid of LR pixels then lies as in evaluation, which matters for degradations
+    that are not symmetric (`bd_duf`). It is degraded with a margin, so that away from the frame's border no LR pixel
+    knows of the crop.
+
+    Args:
+        clips: where windows are cut.
+        degradation: HR -> LR; its `.scale` is `s`.
+        frames: `t`.
+        patch: side of the crop in LR pixels.
+        masks: mask source, LR frames (t, 3, h, w) -> (t, m, h, w); it sees whole LR frames of whole clips, once each.
+        augment: flip, turn and reverse at random.
+        seed: another seed is another sequence of samples.
+
+    Returns (of `[k]`):
+        `"lr"` (t, 3, patch, patch), `"hr"` (t, 3, s patch, s patch), float32 in [0, 1]; `"name"`, the clip's;
+        `"masks"` (t, m, patch, patch) where a mask source is given; `"flow_backward"` and `"flow_forward"`
+        (t-1, 2, patch, patch) in LR pixels where the clip knows its flows.
+
+    Raises:
+        ValueError: there are no clips, a clip is shorter than `frames`, or `patch` is larger than a clip's frames.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        degradation: Degradation,
+        *,
+        frames: int = 7,
+        patch: int = 64,
+        masks: Callable[[Tensor], Tensor] | None = None,
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not len(clips):
+            raise ValueError("there are no clips to train on: the data source is empty")
+        if frames < 1 or patch < 1:
+            raise ValueError(f"frames and patch are counts of at least 1, got frames={frames}, patch={patch}")
+        self.clips = clips
+        self.degradation = degradation
+        self.frames = frames
+        self.patch = patch
+        self.augment = augment
+        self.seed = seed
+        self._masks = None if masks is None else MaskCache(clips, masks, self._low_resolution)
+        self._sizes = [self._size(clip) for clip in clips]
+        self._ends = list(accumulate(len(clip) - frames + 1 for clip in clips))  # running count of windows
+
+    def __getitem__(self, k: int) -> Sample:
+        digest = hashlib.blake2b(f"{self.seed} {k}".encode(), digest_size=4).digest()  # seed + k would repeat samples
+        generator = torch.Generator().manual_seed(int.from_bytes(digest))
+
+        def draw(count: int) -> int:
+            return int(torch.randint(count, (), generator=generator))
+
+        window = draw(self._ends[-1])
+        index = bisect_right(self._ends, window)
+        start = window - (self._ends[index - 1] if index else 0)
+        height, width = self._sizes[index]
+        inner = Box(draw(height - self.patch + 1), draw(width - self.patch + 1), self.patch, self.patch)
+        outer = inner.grown(max(2, -(-_MARGIN // self.degradation.scale)), height, width)
+        pose = Pose(*(bool(draw(2)) for _ in range(4))) if self.augment else Pose()
+
+        sample = pose.move(self._cut(index, start, outer))
+        if sample["hr"].dtype == torch.uint8:  # bytes are moved faster than floats
+            sample["hr"] = sample["hr"].float().div_(255)
+        sample["lr"] = self.degradation(sample["hr"])
+        relative = inner._replace(top=inner.top - outer.top, left=inner.left - outer.left)
+        return crop(sample, pose.move_box(relative, outer.height, outer.width), self.degradation.scale)
+
+    def _cut(self, index: int, start: int, box: Box) -> Sample:
+        """The window of a clip that starts at frame `start`, all but `lr`; `hr` as uint8 where the clip holds that."""
+        clip = self.clips[index]
+        stop, scale = start + self.frames, self.degradation.scale
+        pixels = getattr(clip, "pixels", None)
+        if pixels is not None:
+            hr = box.scaled(scale).cut(pixels[start:stop])
+        else:
+            hr = torch.stack([box.scaled(scale).cut(frame) for frame in clip.frames(start, stop)])
+        sample: Sample = {"hr": hr, "name": clip.name}
+        if self._masks is not None:
+            sample["masks"] = self._masks.window(index, start, stop, box)
+        if hasattr(clip, "flows"):
+            flows = clip.flows(scale)
+            sample["flow_backward"] = box.cut(flows.backward[start : stop - 1]).float()
+            sample["flow_forward"] = box.cut(flows.forward[start : stop - 1]).float()
+        return sample
+
+    def _size(self, clip: Clip) -> tuple[int, int]:
+        """Height and width of the clip's LR frames, once it is known that windows can be cut from it."""
+        if len(clip) < self.frames:
+            raise ValueError(
+                f"clip {clip.name!r} has {len(clip)} frames, but training windows have frames={self.frames}; "
+                "leave the clip out or train on shorter windows"
+            )
+        pixels = getattr(clip, "pixels", None)
+        height, width = (next(clip.frames(0, 1)) if pixels is None else pixels).shape[-2:]
+        scale = self.degradation.scale
+        if min(height, width) // scale < self.patch:
+            raise ValueError(
+                f"clip {clip.name!r} has frames of {height}x{width}, that is {height // scale}x{width // scale} "
+                f"low-resolution pixels at scale {scale}, but patch={self.patch}; take a smaller patch"
+            )
+        return height // scale, width // scale
+
+    def _low_resolution(self, clip: Clip) -> Tensor:
+        """LR frames (t, 3, h, w) of the whole clip, degraded one by one to hold a single HR frame at a time."""
+        return torch.cat(
+            [self.degradation(crop_to_multiple(frame[None], self.degradation.scale)) for frame in clip.frames()]
+        )
