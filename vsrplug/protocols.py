@@ -1,0 +1,56 @@
+"""`Protocol`: everything that has to be said for a number to mean something, under one name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vsrplug.metrics import Colour, check_colour_and_border
+
+if TYPE_CHECKING:
+    from vsrplug.data.clip import Clip
+    from vsrplug.data.training import Degradation
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a figure is measured; `conf/protocol/*.yaml` are calls of this constructor.
+
+    A model sees every frame of a clip. Its output is clipped and rounded to 8 bits, then measured frame by frame; a
+    clip's figure is the mean over its frames, the protocol's figure the mean over its clips.
+
+    Args:
+        name: what tables and `metrics.json` call it, for instance `"vid4_bi_y"`.
+        clips: the ground truth.
+        degradation: hr (t, 3, H, W) -> lr (t, 3, H / s, W / s), with `.scale`.
+        colour: `"rgb"`, or `"y"` for BT.601 luma.
+        border: pixels left out of the metrics on each side.
+        skip_frames: frames left out of the metrics at each end of a clip.
+
+    Raises:
+        ValueError: no clips, unknown colour, negative border or skip_frames, a clip that skip_frames leaves nothing of.
+    """
+
+    name: str
+    clips: Sequence[Clip]
+    degradation: Degradation
+    colour: Colour
+    border: int = 0
+    skip_frames: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            check_colour_and_border(self.colour, self.border)
+        except ValueError as error:
+            raise ValueError(f"protocol {self.name!r}: {error}") from None
+        if not len(self.clips):
+            raise ValueError(f"protocol {self.name!r} has no clips: the data source is empty")
+        if self.skip_frames < 0:
+            raise ValueError(f"protocol {self.name!r}: skip_frames is 0 or more, got {self.skip_frames}")
+        for clip in self.clips if self.skip_frames else ():  # not otherwise: the embedded clips render when touched
+            if len(clip) <= 2 * self.skip_frames:
+                raise ValueError(
+                    f"protocol {self.name!r} skips the first and the last {self.skip_frames} frames, but clip "
+                    f"{clip.name!r} has only {len(clip)} frames"
+                )
