@@ -177,3 +177,21 @@ def test_frames_of_different_sizes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.h264").write_bytes(small.read_bytes() + big.read_bytes())
     with pytest.raises(ValueError, match=r"one size: in .*a\.h264, frame 2 is 48x128, those before are 48x64"):
         list(VideoFile(tmp_path / "a.h264").frames())
+
+
+@pytest.mark.parametrize(("height", "width", "matrix"), [(720, 1280, 1), (480, 640, 5)], ids=["HD", "SD"])
+def test_untagged_video_has_the_matrix_that_players_assume(
+    tmp_path: Path, height: int, width: int, matrix: int
+) -> None:
+    colour = np.full((2, height, width, 3), (200, 40, 90), dtype=np.uint8)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
+        for array in colour:
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+            frame = frame.reformat(format="yuv444p", dst_colorspace=matrix)
+            frame.colorspace = 2  # unspecified
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    read = next(VideoFile(tmp_path / "a.mkv").frames())[:, 0, 0] * 255
+    assert (read - torch.tensor([200.0, 40, 90])).abs().max() < 2

@@ -12,6 +12,8 @@ import av
 import torch
 from torch import Tensor
 
+from vsrplug.data.video_properties import BT709, UNSPECIFIED
+
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".y4m"})
 
 
@@ -158,7 +160,10 @@ class VideoFile:
 def _to_tensor(frame: av.VideoFrame) -> Tensor:
     """(3, h, w) float32 RGB in [0, 1]."""
     deep = any(component.bits > 8 for component in frame.format.components)
-    array = frame.to_ndarray(format="rgb48le" if deep else "rgb24")
+    # Untagged, swscale would take BT.601 whatever the size; high definition is BT.709, as players assume.
+    untagged, high_definition = frame.colorspace == UNSPECIFIED, frame.width >= 1280 or frame.height > 576
+    matrix = BT709 if untagged and high_definition else None
+    array = frame.to_ndarray(format="rgb48le" if deep else "rgb24", src_colorspace=matrix)
     return torch.from_numpy(array).permute(2, 0, 1).float().contiguous() / (65535 if deep else 255)
 
 
