@@ -125,4 +125,8 @@ class BasicVSR(PixelShuffleHead):
 
 def basicvsr_tiny() -> BasicVSR:
     """A BasicVSR small enough to travel with the package and to train on two CPU cores (x4, under 0.6 M parameters)."""
-    return BasicVSR(channels=32, blocks=5, flow=SPyNet(levels=4, widths=(16, 32, 16, 8)), reconstruction_channels=24)
+    flow = SPyNet(levels=4, widths=(16, 16, 8))
+    for level in flow.basic_module:  # from nothing, no motion is a better guess than random motion
+        nn.init.zeros_(level.basic_module[-1].weight)
+        nn.init.zeros_(level.basic_module[-1].bias)
+    return BasicVSR(channels=32, blocks=5, flow=flow, reconstruction_channels=24)
