@@ -39,5 +39,5 @@ clean:
 .venv-types/installed: .venv/installed-dev
 	$(PYTHON) -m venv .venv-types
 	.venv-types/bin/python -c "import pathlib, site; pathlib.Path(site.getsitepackages()[0], 'main.pth').write_text(str(next(pathlib.Path('.venv/lib').resolve().glob('python*/site-packages'))))"
-	.venv-types/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --config-settings editable_mode=strict --editable .
+	.venv-types/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --config-settings editable_mode=strict --editable .
 	touch $@

@@ -15,10 +15,11 @@ from torch import nn
 from .basicvsr import BasicVSR, basicvsr_tiny
 from .bicubic import Bicubic
 from .edvr import EDVR
+from .lucas_kanade import LucasKanade
 from .sliding_window import SlidingWindow
 from .spynet import SPyNet
 
-__all__ = ["EDVR", "NETWORKS", "BasicVSR", "Bicubic", "SPyNet", "SlidingWindow", "basicvsr_tiny"]
+__all__ = ["EDVR", "LucasKanade", "NETWORKS", "BasicVSR", "Bicubic", "SPyNet", "SlidingWindow", "basicvsr_tiny"]
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "basicvsr": BasicVSR,

@@ -41,12 +41,11 @@ def deformable_convolution(
     """
     b, c, h, w = x.shape
     groups = mask.shape[1] // POINTS
-    expected = {"offset": (b, 2 * POINTS * groups, h, w), "mask": (b, POINTS * groups, h, w)}
-    shapes = {"offset": tuple(offset.shape), "mask": tuple(mask.shape)}
-    if shapes != expected or groups == 0 or c % groups or weight.shape[1:] != (c, 3, 3):
+    fitting = offset.shape == (b, 2 * POINTS * groups, h, w) and mask.shape == (b, POINTS * groups, h, w)
+    if not fitting or groups == 0 or c % groups or weight.shape[1:] != (c, 3, 3):
         raise ValueError(
             f"deformable convolution of {(b, c, h, w)}: offset must be (b, 18 g, h, w), mask (b, 9 g, h, w) and weight "
-            f"(o, c, 3, 3), where g divides c; got {shapes['offset']}, {shapes['mask']} and {tuple(weight.shape)}"
+            f"(o, c, 3, 3), where g divides c; got {tuple(offset.shape)}, {tuple(mask.shape)} and {tuple(weight.shape)}"
         )
     precision = torch.promote_types(x.dtype, torch.float32)
     grouped = x.to(precision).reshape(b * groups, c // groups, h, w)

@@ -46,14 +46,14 @@ class MemoryBank(nn.Module):
         if channels % groups:
             raise ValueError(f"channels={channels} cannot be normalised in groups={groups}; give groups that divide it")
         embedding = embedding or channels // 2
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # the official code's; torch's is 1e-5
         self.query = nn.Conv2d(channels, embedding, 1)
         # Unit-variance entries: with 1/sqrt(C') the scores of a unit query have unit variance, so no entry starts dead.
         self.memory = nn.Parameter(torch.randn(embedding, entries))
         self.output = nn.Conv2d(embedding, channels, 1)
         if zero_init:
             nn.init.zeros_(self.output.weight)
-            nn.init.zeros_(self.output.bias)
+            nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
 
     def forward(self, feature: Tensor) -> Tensor:
         """The refined feature, (b, c, h, w)."""
@@ -64,7 +64,7 @@ class MemoryBank(nn.Module):
         query = self.query(self.norm(feature))
         read = recall(query, self.memory)
         residual = self.output(read).to(feature.dtype)
-        return feature + residual, (query - read).abs().mean(dtype=torch.float32)
+        return feature + residual, (query - read).abs().mean(dtype=_precise(query))
 
 
 def recall(query: Tensor, memory: Tensor) -> Tensor:
@@ -79,9 +79,14 @@ def recall(query: Tensor, memory: Tensor) -> Tensor:
     """
     pixels = query.flatten(2).transpose(1, 2)  # b (h w) c'
     entries = memory.to(query.dtype)
-    scores = pixels @ entries / memory.shape[0] ** 0.5  # b (h w) n
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    scores = pixels @ (entries / memory.shape[0] ** 0.5)  # b (h w) n
+    weights = scores.softmax(-1, dtype=_precise(query)).to(query.dtype)
     return (weights @ entries.T).transpose(1, 2).unflatten(2, query.shape[2:])
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    """float32, or the dtype of `x` where that is better."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class MemoryBankPlugin(Plugin):
@@ -114,6 +119,7 @@ class MemoryBankPlugin(Plugin):
     def forward(self, feature: Tensor, context: Context, *, site: str, t: int | None = None, **given: Any) -> Tensor:
         """Refine a feature, (b, c, h, w) or (b, t, c, h, w), of that shape and dtype; a clip's frames one by one."""
         frames = feature.flatten(0, 1) if feature.ndim == 5 else feature
-        refined, quantisation = self.at[site].refine(frames)
+        bank: MemoryBank = self.at[site]  # type: ignore[assignment]
+        refined, quantisation = bank.refine(frames)
         context.add_loss(self, "quantisation", quantisation, site=site, t=t)
         return refined.view_as(feature)

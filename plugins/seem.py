@@ -41,11 +41,9 @@ class SEEM(nn.Module):
     ) -> None:
         super().__init__()
         squeezed = max(channels // reduction, 4)
-        self.mapping = nn.Sequential(
-            nn.Conv2d(channels + (representation or channels), channels, 3, padding=1),
-            nn.LeakyReLU(0.1),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
+        first = nn.Conv2d(channels + (representation or channels), channels, 3, padding=1)
+        last = nn.Conv2d(channels, channels, 3, padding=1)
+        self.mapping = nn.Sequential(first, nn.LeakyReLU(0.1), last)
         self.attention = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(channels, squeezed, 1),
@@ -54,8 +52,8 @@ class SEEM(nn.Module):
             nn.Sigmoid(),
         )
         if zero_init:
-            nn.init.zeros_(self.mapping[2].weight)
-            nn.init.zeros_(self.mapping[2].bias)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
     def forward(self, feature: Tensor, representation: Tensor) -> Tensor:
         """The refined feature, (b, c, h, w)."""

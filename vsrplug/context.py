@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,6 +59,7 @@ class Context:
         self._losses: dict[tuple[str, str], dict[tuple[str, int | None], Tensor]] = {}
         self._routes: Routes = {}
         self._used = False
+        self._learning = False
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -73,6 +75,7 @@ class Context:
             raise RuntimeError("this Context was used by an earlier pass; make a new one for every call of the model")
         self._used = True
         self._routes = routes
+        self._learning = torch.is_grad_enabled()
 
     def pad(self, multiple: int) -> Tensor:
         """Frames (b, t, 3, h', w') with h' and w' multiples of `multiple`; masks are padded alike.
@@ -113,8 +116,23 @@ class Context:
 
     def add_loss(self, plugin: Plugin, name: str, value: Tensor, *, site: str, t: int | None = None) -> None:
         """Report an auxiliary loss. The same (plug-in, name, site, t) again replaces the value, it never adds:
-        gradient checkpointing runs a site twice."""
-        attached = next(known for routes in self._routes.values() for known, p in routes if p is plugin)
+        gradient checkpointing runs a site twice.
+
+        Raises:
+            RuntimeError: the plug-in is not on the model of this pass.
+        """
+        attached = next((known for routes in self._routes.values() for known, p in routes if p is plugin), None)
+        if attached is None:
+            raise RuntimeError(
+                f"this {type(plugin).__name__} reports the loss {name!r} to a pass it is not attached to; call the "
+                "model that attach made, or use the plain module"
+            )
+        if self._learning and not torch.is_grad_enabled():
+            warnings.warn(
+                f"the loss {attached}/{name} was computed without gradient and will train nothing: reentrant gradient "
+                "checkpointing runs its first pass so. Use checkpoint(..., use_reentrant=False).",
+                stacklevel=2,
+            )
         self._losses.setdefault((attached, name), {})[site, t] = value
 
 
@@ -126,4 +144,7 @@ def _pad(clip: Tensor, multiple: int) -> Tensor:
     bottom, right = -clip.shape[-2] % multiple, -clip.shape[-1] % multiple
     if not (bottom or right):
         return clip
-    return F.pad(clip.flatten(0, 1), (0, right, 0, bottom), mode="replicate").unflatten(0, clip.shape[:2])
+    frames = clip.flatten(0, 1)
+    values = frames if frames.is_floating_point() else frames.float()  # masks may be bool, which torch does not pad
+    padded = F.pad(values, (0, right, 0, bottom), mode="replicate")
+    return padded.to(clip.dtype).unflatten(0, clip.shape[:2])

@@ -15,6 +15,7 @@ from vsrplug.context import Context
 from vsrplug.site import Kind, SiteSpec, unknown_name
 
 Order = Literal["forward", "backward", "centre"]
+_REGISTERING = threading.Lock()  # torch numbers its hooks without one: two threads could be given the same number
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ForeignSite:
         kind: `"frame"`: it is called with one time step, (b, c, h, w); `"clip"`: it is called once with all frames
             folded into the batch, (b*t, c, h, w), and the plug-in sees (b, t, c, h, w).
         order: which frame a call belongs to, for `"frame"`: `"forward"` (first call is frame 0), `"backward"` (first
-            call is the last frame) or `"centre"` (a window network: always the middle frame).
+            call is the last frame) or `"centre"` (a window network: one call, for the middle frame).
         stride: LR pixels per feature pixel.
     """
 
@@ -61,12 +62,20 @@ def check_paths(network: nn.Module, sites: Mapping[str, ForeignSite]) -> None:
 
 @contextmanager
 def hooked(network: nn.Module, sites: Mapping[str, ForeignSite], context: Context) -> Iterator[None]:
-    """While the block runs, and in this thread only, outputs of the sites' submodules go through `context.refine`."""
+    """While the block runs, and in this thread only, outputs of the sites' submodules go through `context.refine`.
+
+    Raises:
+        RuntimeError: at the end, where a submodule was not called as its site says.
+    """
+    hooks = [_Hook(name, site, context) for name, site in sites.items()]
     with ExitStack() as stack:
-        for name, site in sites.items():
-            hook = _Hook(name, site, context)
-            stack.callback(network.get_submodule(site.path).register_forward_hook(hook).remove)
+        for hook in hooks:
+            with _REGISTERING:
+                handle = network.get_submodule(hook.site.path).register_forward_hook(hook)
+            stack.callback(handle.remove)
         yield
+    for hook in hooks:
+        hook.check_calls()
 
 
 class _Hook:
@@ -75,12 +84,21 @@ class _Hook:
     def __init__(self, name: str, site: ForeignSite, context: Context) -> None:
         self.name, self.site, self.context = name, site, context
         self.thread = threading.get_ident()
+        self.where = f"foreign site {name!r} (submodule {site.path!r})"
         self.calls = 0
+        # A clip site may be called again: which frames it holds is never in doubt.
+        each_frame, frames = site.kind == "frame" and site.order != "centre", context.frames.shape[1]
+        self.expected = frames if each_frame else 1
+        declared = f"order={site.order!r}" if site.kind == "frame" else "kind='clip'"
+        self.rule = (
+            f"{_times(self.expected)} for {frames} frames; {declared} expects one call a "
+            f"{'frame' if each_frame else 'pass'}"
+        )
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if threading.get_ident() != self.thread:
             return None
-        where = f"foreign site {self.name!r} (submodule {self.site.path!r})"
+        where = self.where
         if not isinstance(output, Tensor) or output.ndim != 4:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(f"{where}: the submodule must return one 4-D tensor (b, c, h, w), it returned {shape}")
@@ -100,20 +118,31 @@ class _Hook:
                     f"{where}: a clip site folds b*t = {batch}*{frames} frames into the batch, it got {len(output)}; "
                     'a submodule that is called once a frame is a site of kind="frame"'
                 )
+            self.calls += 1
             clip = output.unflatten(0, (batch, frames))
             return self.context.refine(self.name, clip).flatten(0, 1)
-        return self.context.refine(self.name, output, self._frame(where, frames))
-
-    def _frame(self, where: str, frames: int) -> int:
-        call, self.calls = self.calls, self.calls + 1
-        if self.site.order == "centre":
-            return frames // 2
-        if call >= frames:
-            raise RuntimeError(
-                f"{where}: called more than {frames} times for {frames} frames; order={self.site.order!r} expects one "
-                "call a frame"
+        if len(output) != batch:
+            raise ValueError(
+                f"{where}: a frame site is called with one time step, a batch of {batch}, it got {len(output)}; a "
+                'submodule that is called once with all frames folded into the batch is a site of kind="clip"'
             )
-        return call if self.site.order == "forward" else frames - 1 - call
+        call, self.calls = self.calls, self.calls + 1
+        if call >= self.expected:
+            raise RuntimeError(f"{where}: called more than {self.rule}")
+        t = {"forward": call, "backward": frames - 1 - call, "centre": frames // 2}[self.site.order or "centre"]
+        return self.context.refine(self.name, output, t)
+
+    def check_calls(self) -> None:
+        """Too few calls would be a plug-in without effect, or with the masks of other frames, and nobody told."""
+        if self.calls < self.expected:
+            raise RuntimeError(
+                f"{self.where}: called {_times(self.calls)}, not {self.rule}. A submodule whose weights are used "
+                "without calling it, or that was compiled before, cannot be a site."
+            )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _inside_checkpoint() -> bool:

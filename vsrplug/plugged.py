@@ -6,14 +6,14 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vsrplug.context import Context
 from vsrplug.foreign import ForeignSite, check_paths, hooked
-from vsrplug.plugin import Plugin
+from vsrplug.plugin import Plugin, checked_sites
 from vsrplug.site import SiteSpec, unknown_name
 
 
@@ -55,17 +55,19 @@ class PluggedModel(nn.Module):
             context = Context(frames)
         elif context.frames is not frames:
             raise ValueError("the context was made for other frames than these; write model(x, Context(x, ...))")
+        plugins = cast("Mapping[str, Plugin]", self.plugins)
         routes: dict[str, list[tuple[str, Plugin]]] = {}
-        for name, plugin in self.plugins.items():
+        for name, plugin in plugins.items():
             for site in plugin.sites:
                 routes.setdefault(site, []).append((name, plugin))
         context.begin(routes)
         context.pad(getattr(self.backbone, "multiple", 1))  # before prepare: sites will see padded features
-        for plugin in self.plugins.values():
+        for plugin in plugins.values():
             plugin.prepare(context)
-        if not self.foreign:
+        foreign = {name: site for name, site in self.foreign.items() if name in routes}
+        if not foreign and is_native(self.backbone):
             return self.backbone(frames, context, **keywords)
-        with hooked(self.backbone, self.foreign, context):
+        with hooked(self.backbone, foreign, context):
             if is_native(self.backbone):
                 return self.backbone(frames, context, **keywords)
             return self.backbone(frames, **keywords)
@@ -78,7 +80,7 @@ class PluggedModel(nn.Module):
         """
         if name not in self.plugins:
             raise KeyError(unknown_name("plug-in", name, self.plugins))
-        return self.plugins.pop(name)
+        return cast(Plugin, self.plugins.pop(name))
 
 
 def attach(
@@ -89,6 +91,8 @@ def attach(
     **plugins: Plugin | Callable[[int], Plugin],
 ) -> PluggedModel:
     """Put plug-ins on a network without editing it; the result computes what the network computed until trained.
+
+    The plug-ins move to the backbone's device, and are in train or eval mode as it is.
 
     Args:
         backbone: a native backbone (it has `.sites`), or any `nn.Module` together with `sites`.
@@ -116,15 +120,27 @@ def attach(
     for name in known:
         if not re.fullmatch(r"\w+", name):
             raise ValueError(f"a site's name is letters, digits and underscores, got {name!r}")
+    for name in plugins:
+        if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"{name!r} cannot be the name of a plug-in: it takes letters, digits and underscores, and no attribute "
+                "of torch's ModuleDict such as 'items' or 'training'"
+            )
     built = {name: _build(name, given, known, backbone) for name, given in plugins.items()}
     for name, plugin in built.items():
         twin = next((other for other in built if built[other] is plugin and other != name), None)
         if twin:
-            raise ValueError(f"plug-ins {twin!r} and {name!r} are one object; make two, or give one several sites")
+            raise ValueError(f"plug-ins {name!r} and {twin!r} are one object; make two, or give one several sites")
     kept = {name: _check(name, plugin, known) for name, plugin in built.items()}
     for name, plugin in built.items():  # everything was checked: only now is anything changed
         plugin.keep_sites(kept[name])
-    return PluggedModel(backbone, built, foreign)
+    model = PluggedModel(backbone, built, foreign)
+    own = next(backbone.parameters(), None)
+    if own is not None:
+        model.plugins.to(own.device)
+    model.plugins.train(backbone.training)  # but not model.train(): parts of the backbone may be in eval on purpose
+    model.training = backbone.training
+    return model
 
 
 def is_native(network: nn.Module) -> bool:
@@ -158,21 +174,30 @@ def _build(
     """The plug-in itself, or what the callable makes for the width of the sites it will serve."""
     if isinstance(given, Plugin):
         return given
+    if isinstance(given, nn.Module):
+        raise TypeError(
+            f"{name!r} is the plain module {type(given).__name__}, which knows no sites; attach a Plugin that "
+            "holds it, as SEEMPlugin holds SEEM"
+        )
     if not callable(given):
         raise TypeError(f"{name!r} must be a plug-in or a callable channels -> Plugin, got {type(given).__name__}")
-    wanted = given.keywords.get("sites") if isinstance(given, partial) else None
-    made = given.func if isinstance(given, partial) else given
-    wanted = wanted or getattr(made, "default_sites", ()) or known
-    for site in wanted if isinstance(wanted, (list, tuple)) else ():
-        if site not in known and getattr(made, "default_sites", ()) is not wanted:
-            raise ValueError(f"plug-in {name!r}: " + unknown_name("site", site, known))
+    named = given.keywords.get("sites") if isinstance(given, partial) else None
+    if named is not None:
+        for site in checked_sites(named):
+            if site not in known:
+                raise ValueError(f"plug-in {name!r}: " + unknown_name("site", site, known))
+    default = getattr(given.func if isinstance(given, partial) else given, "default_sites", ())
+    wanted = tuple(named or default or known)
     widths = {site: known[site].channels for site in wanted if site in known}
-    if len(set(widths.values())) > 1 and wanted is known and hasattr(backbone, "channels"):
+    if len(set(widths.values())) > 1 and not (named or default) and hasattr(backbone, "channels"):
         widths = {"": backbone.channels}  # type: ignore[dict-item]
     if len(set(widths.values())) > 1:
-        raise ValueError(f"plug-in {name!r} would serve sites of different widths, {widths}; attach it once for each")
+        raise ValueError(
+            f"plug-in {name!r} would serve sites of different widths, {widths}; attach it once for each width, made "
+            "with its channels and sites"
+        )
     if not widths:
-        raise ValueError(_no_default(name, tuple(wanted), known))
+        raise ValueError(_no_default(name, wanted, known))
     plugin = given(next(iter(widths.values())))
     if not isinstance(plugin, Plugin):
         raise TypeError(f"the callable for {name!r} must return a Plugin, it returned {type(plugin).__name__}")

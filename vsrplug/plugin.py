@@ -38,27 +38,30 @@ class Plugin(nn.Module, ABC):
         plugin = super().__new__(cls)
         # bind_partial: copy and unpickle call __new__ without arguments and restore `arguments` themselves.
         bound = inspect.signature(cls.__init__).bind_partial(plugin, *args, **kwargs)
-        given = {name: value for name, value in bound.arguments.items() if name != "self"}
-        object.__setattr__(plugin, "arguments", given)
+        # What a subclass takes as **keywords is recorded by its own names, so that the constructor can be called again.
+        given = {name: value for name, value in bound.arguments.items() if name not in ("self", _open(cls))}
+        object.__setattr__(plugin, "arguments", given | bound.arguments.get(_open(cls), {}))
         return plugin
 
     def __init__(self, channels: int, *, sites: Sequence[str] | None = None) -> None:
         super().__init__()
-        if isinstance(sites, str):
-            raise TypeError(f"sites is a sequence of names, got the string {sites!r}; write sites=({sites!r},)")
         self.channels = channels
         self.sites_given = sites is not None
-        self.sites: tuple[str, ...] = self.default_sites if sites is None else tuple(sites)
+        self.sites: tuple[str, ...] = self.default_sites if sites is None else checked_sites(sites)
 
     def choose_sites(self, known: Mapping[str, SiteSpec]) -> tuple[str, ...]:
         """Those of the default sites that a backbone with the sites `known` has."""
         return tuple(site for site in self.default_sites if site in known)
 
     def keep_sites(self, sites: Sequence[str]) -> None:
-        """Keep only the modules of `sites`; `attach` calls it with those of the default sites that exist."""
+        """Keep only the modules of `sites`; `attach` calls it with those of the default sites that exist.
+
+        From then on they count as given: on another backbone they must all exist, none is dropped again.
+        """
         for site in set(self.sites) - set(sites):
             del self.at[site]
         self.sites = tuple(site for site in self.sites if site in sites)
+        self.sites_given = True
 
     def prepare(self, context: Context) -> None:
         """Once a pass, before the backbone: compute what the sites share, complain of what is missing."""
@@ -66,3 +69,25 @@ class Plugin(nn.Module, ABC):
     @abstractmethod
     def forward(self, feature: Tensor, context: Context, *, site: str, t: int | None = None, **given: Any) -> Tensor:
         """Refine a feature, (b, c, h, w) or (b, t, c, h, w) by the site's kind; same shape and dtype out."""
+
+
+def checked_sites(sites: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple.
+
+    Raises:
+        TypeError: a string, whose letters would be taken for names.
+        ValueError: none, or one of them twice.
+    """
+    if isinstance(sites, str):
+        raise TypeError(f"sites is a sequence of names, got the string {sites!r}; write sites=({sites!r},)")
+    if not sites or len(set(sites)) < len(sites):
+        raise ValueError(
+            f"sites names one place or more, each once, got {tuple(sites)}; None stands for the default sites"
+        )
+    return tuple(sites)
+
+
+def _open(cls: type[Plugin]) -> str:
+    """The name of the constructor's `**keywords`, or an empty string."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,19 +49,24 @@ def save_plugins(model: PluggedModel, path: str | Path, *, backbone: bool = True
     changed = sorted(key for key in now if now[key] != model.fingerprint.get(key))
     if changed and not backbone:
         raise ValueError(
-            f"{len(changed)} backbone entries changed since attach ({', '.join(changed[:3])}, ...); the plug-ins alone "
-            "would not give this model back. Save with backbone=True, or restore the backbone."
+            f"{len(changed)} backbone entries changed since attach ({_first(changed)}); the plug-ins alone would not "
+            "give this model back. Save with backbone=True, or restore the backbone."
         )
     state = model.state_dict()
     tensors = {key: value for key, value in state.items() if key.startswith("plugins.")}
     tensors |= {f"backbone.{key}": state[f"backbone.{key}"] for key in changed}
+    plugins = cast("Mapping[str, Plugin]", model.plugins)
     metadata = {
         "format": FORMAT,
-        "plugins": _json({name: _describe(name, plugin) for name, plugin in model.plugins.items()}),
-        "foreign": _json({name: asdict(site) for name, site in model.foreign.items()}),
-        "fingerprint": _json(model.fingerprint),
+        # in the order of attach, which is the order they run in at a site
+        "plugins": json.dumps({name: _describe(name, plugin) for name, plugin in plugins.items()}),
+        "foreign": json.dumps({name: asdict(site) for name, site in model.foreign.items()}),
+        "fingerprint": json.dumps(model.fingerprint),
     }
-    write_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, metadata)
+    # A copy each: sites may share a parameter, and safetensors refuses tensors that share memory.
+    contiguous = torch.contiguous_format
+    copies = {key: value.detach().cpu().clone(memory_format=contiguous) for key, value in tensors.items()}
+    write_safetensors(copies, path, metadata)
 
 
 def load_plugins(
@@ -84,19 +89,22 @@ def load_plugins(
             nothing has been changed.
     """
     metadata, tensors = _read(path)
-    described: dict[str, dict[str, Any]] = json.loads(metadata["plugins"])
+    try:
+        described, places, saved = (json.loads(metadata[key]) for key in ("plugins", "foreign", "fingerprint"))
+        foreign = {name: ForeignSite(**site) for name, site in places.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its description of the plug-ins cannot be read ({error}); save it again") from None
     plugged = model if isinstance(model, PluggedModel) else None
     backbone = plugged.backbone if plugged else model
-    saved = json.loads(metadata["fingerprint"])
     own = plugged.fingerprint if plugged else fingerprint(backbone)
     differing = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
     if differing and not force:
         raise ValueError(
-            f"{path}: these plug-ins were trained on a backbone with other weights: {len(differing)} of {len(own)} "
-            f"entries differ ({', '.join(differing[:3])}, ...). Load the same backbone weights, or pass force=True."
+            f"{path}: these plug-ins were trained on a backbone with other weights: {len(differing)} of "
+            f"{len(saved.keys() | own.keys())} entries differ ({_first(differing)}). Load the same backbone weights, "
+            "or pass force=True."
         )
     if plugged is None:
-        foreign = {name: ForeignSite(**site) for name, site in json.loads(metadata["foreign"]).items()}
         known = _known(classes)
         plugins = {name: _rebuild(path, description, known) for name, description in described.items()}
         plugged = attach(backbone, sites=foreign, **plugins)
@@ -150,7 +158,13 @@ def _rebuild(path: str | Path, description: dict[str, Any], known: dict[str, typ
     name = description["class"]
     if name not in known:
         raise ValueError(f"{path}: {unknown_name('plug-in class', name, known)} Pass your own with classes=[{name}].")
-    return known[name](**description["arguments"], sites=description["sites"])
+    try:
+        return known[name](**description["arguments"], sites=description["sites"])
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: {name} cannot be made with the arguments in the file ({error}); it was saved by another version "
+            "of that class"
+        ) from None
 
 
 def _known(classes: Iterable[type[Plugin]]) -> dict[str, type[Plugin]]:
@@ -175,5 +189,5 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,124 @@
+"""What a run leaves behind: one table, `metrics.json`, and a picture of the crops where results differ most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from vsrplug.commands import build
+from vsrplug.context import Context
+from vsrplug.degradations import crop_to_multiple
+from vsrplug.evaluation import Report, evaluate
+from vsrplug.metrics import psnr
+from vsrplug.module import clip_network
+from vsrplug.pictures import comparison, save_picture
+from vsrplug.plugged import PluggedModel
+from vsrplug.protocols import Protocol
+
+PICTURE_FRAMES = 7
+
+
+def report(
+    cfg: DictConfig,
+    model: PluggedModel,
+    before: nn.Module | None,
+    protocol: Protocol,
+    folder: Path,
+    console: Console,
+    parameters: dict[str, int] | None = None,
+) -> float:
+    """Measure bicubic, the backbone before and the model; write `metrics.json` and `comparison.png`; print a table.
+
+    Args:
+        cfg: the job's configuration; `masks` is used.
+        model: what the run is about.
+        before: the backbone as it was, or None where that is the model itself.
+        protocol: how they are measured.
+        folder: where the files go.
+        console: where the table goes.
+        parameters: `{"total", "trainable"}` of the model, counted now unless given.
+
+    Returns:
+        The model's PSNR under the protocol.
+    """
+    from vsrplug.backbones import Bicubic
+
+    masks = build.make(cfg.masks)
+    networks: dict[str, tuple[nn.Module, Any]] = {"bicubic": (Bicubic(protocol.degradation.scale), None)}
+    if before is not None:
+        networks["backbone"] = (before, None)
+        networks["with plug-ins" if model.plugins else "tuned"] = (model, masks)
+    elif model.plugins or not isinstance(model.backbone, Bicubic):
+        networks["with plug-ins" if model.plugins else "backbone"] = (model, masks)
+    reports = {}
+    for name, (network, source) in networks.items():
+        bar, device = console.is_terminal, build.device()
+        reports[name] = evaluate(clip_network(network), protocol, masks=source, device=device, progress=bar)
+    final = list(reports.values())[-1]
+    figures = final.to_dict() | {
+        "seed": cfg.seed,
+        "parameters": parameters or build.count_parameters(model),
+        "versions": build.versions(),
+        "choices": build.choices() | {"plugins": ",".join(model.plugins) or "none"},
+        "compared": {name: {"psnr": r.to_dict()["psnr"], "ssim": r.ssim} for name, r in list(reports.items())[:-1]},
+    }
+    build.write_json(figures, folder / "metrics.json")
+    picture(networks, reports, protocol, folder / "comparison.png")
+    console.print(table(reports))
+    console.print(f"Results are in {folder}", soft_wrap=True)
+    return final.psnr
+
+
+def table(reports: Mapping[str, Report]) -> Table:
+    """One row a network: the protocol's means, and the gain over the row before."""
+    protocol = next(iter(reports.values())).protocol
+    rows = Table(title=f"protocol {protocol}")
+    rows.add_column("network")
+    for column in ("PSNR dB", "SSIM", "gain dB", "seconds"):
+        rows.add_column(column, justify="right")
+    last: float | None = None
+    for name, one in reports.items():
+        gain = "" if last is None else f"{one.psnr - last:+.3f}"
+        rows.add_row(name, f"{one.psnr:.3f}", f"{one.ssim:.4f}", gain, f"{one.seconds:.1f}")
+        last = one.psnr
+    return rows
+
+
+def picture(
+    networks: Mapping[str, tuple[nn.Module, Any]], reports: Mapping[str, Report], protocol: Protocol, path: Path
+) -> None:
+    """LR, every network and the truth, on the clip where the last network gained most, in the middle of that clip."""
+    compared = list(reports.values())[-2:]
+    gains = {clip: figures["psnr"] - compared[0].clips[clip]["psnr"] for clip, figures in compared[-1].clips.items()}
+    chosen = next(clip for clip in protocol.clips if clip.name == max(gains, key=lambda name: gains[name]))
+    start = max(0, (len(chosen) - PICTURE_FRAMES) // 2)
+    scale = protocol.degradation.scale
+    hr = torch.stack([crop_to_multiple(f, scale) for f in chosen.frames(start, start + PICTURE_FRAMES)])
+    lr = protocol.degradation(hr)
+    middle = len(hr) // 2
+    frames = {"low resolution": nn.functional.interpolate(lr, scale_factor=scale, mode="nearest")[middle]}
+    with torch.inference_mode():
+        for name, (network, masks) in networks.items():
+            frames[name] = _restore(network, lr, masks)[middle]
+    frames["ground truth"] = hr[middle]
+    captions = {
+        name: f"{psnr(frames[name][None], hr[middle][None], protocol.colour).item():.2f} dB" for name in networks
+    }
+    save_picture(comparison(frames, captions), path)
+
+
+def _restore(network: nn.Module, lr: Tensor, masks: Any) -> Tensor:
+    clip = lr[None].to(next((p.device for p in network.parameters()), torch.device("cpu")))
+    context = Context(clip, masks=None if masks is None else masks(lr)[None].to(clip))
+    was_training = network.training
+    network.eval()
+    restored = clip_network(network)(clip, context)[0].clamp(0, 1).cpu()
+    network.train(was_training)
+    return restored

@@ -1,0 +1,94 @@
+"""`vsrplug train`: tune what a tuning names, then measure bicubic, the untouched backbone and the result."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+from lightning import Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from rich.console import Console
+
+from vsrplug.commands import build
+from vsrplug.commands.describe import summary
+from vsrplug.commands.outcome import report
+from vsrplug.module import VSRModule
+from vsrplug.plugged import PluggedModel, fingerprint
+from vsrplug.plugin_files import save_plugins, write_safetensors
+
+
+def main() -> None:
+    """Entry point of `vsrplug train`."""
+    build.command("train", run)
+
+
+def run(cfg: DictConfig) -> float:
+    """Train, save, measure; returns the PSNR, which is what a search maximises.
+
+    A run that was killed goes on from its last checkpoint when the same folder is given again
+    (`hydra.run.dir=...`), with the weights, samples and noise it would have had.
+    """
+    console = Console(stderr=True, quiet=rank_zero_only.rank > 0)
+    folder = build.output_dir()
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    model = build.make_model(cfg)
+    first = deepcopy(model.backbone)
+    protocol = build.make(cfg.protocol)
+    module = VSRModule(
+        model,
+        build.make(cfg.tuning),
+        optimizer=build.make(cfg.optim.optimizer),
+        schedule=build.make(cfg.optim.schedule),
+        losses=build.as_plain(cfg.losses.weights),
+        pixel=build.make(cfg.losses.pixel),
+        validation=protocol,
+        seed=cfg.seed,
+    )
+    console.print(summary(model))
+    parameters = build.count_parameters(model)
+    if module.trainable:
+        fit(cfg, module, folder, console)
+        if rank_zero_only.rank > 0:  # one process saves and measures
+            return float("nan")
+        save(model, folder)
+    else:
+        console.print("Nothing to train: the model is measured as it is.")
+    before = first if module.trainable or model.plugins else None
+    return report(cfg, model, before, protocol, folder, console, parameters)
+
+
+def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> None:
+    """Run the trainer, from the last checkpoint where this folder has one.
+
+    Raises:
+        InterruptedError: interrupted from the keyboard.
+        ValueError: the checkpoint is damaged, or of another model.
+    """
+    data = build.make(cfg.datamodule)(validation=module.validation)
+    callbacks = [*build.make_each(cfg.callbacks).values()]
+    loggers = [*build.make_each(cfg.logger).values()]
+    trainer: Trainer = build.make({**build.as_plain(cfg.trainer), "callbacks": callbacks, "logger": loggers})
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if checkpoint.exists():
+        console.print(f"Going on from {checkpoint}", soft_wrap=True)
+    try:
+        # weights_only: a checkpoint is data, whoever gave it to us.
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise ValueError(
+            f"{checkpoint} is of a run with another backbone or other plug-ins; give those, or another hydra.run.dir"
+        ) from error
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        raise InterruptedError(f"interrupted; go on with the same command and hydra.run.dir={folder}") from None
+
+
+def save(model: PluggedModel, folder: Path) -> None:
+    """`plugins.safetensors`, and `backbone.safetensors` where the backbone learned."""
+    if model.plugins:
+        save_plugins(model, folder / "plugins.safetensors")
+    if fingerprint(model.backbone) != model.fingerprint:
+        state = {key: value.detach().cpu().contiguous() for key, value in model.backbone.state_dict().items()}
+        write_safetensors(state, folder / "backbone.safetensors")
