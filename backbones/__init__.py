@@ -19,7 +19,7 @@ from .lucas_kanade import LucasKanade
 from .sliding_window import SlidingWindow
 from .spynet import SPyNet
 
-__all__ = ["EDVR", "LucasKanade", "NETWORKS", "BasicVSR", "Bicubic", "SPyNet", "SlidingWindow", "basicvsr_tiny"]
+__all__ = ["EDVR", "NETWORKS", "BasicVSR", "Bicubic", "LucasKanade", "SPyNet", "SlidingWindow", "basicvsr_tiny"]
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "basicvsr": BasicVSR,

@@ -35,6 +35,7 @@ class LucasKanade(nn.Module):
         self.levels = levels
         self.iterations = iterations
         self.radius = radius
+        self.window = 2 * radius + 1
         self.damping = damping
         self.register_buffer("luma", torch.tensor(LUMA).view(1, 3, 1, 1), persistent=False)
 
@@ -73,9 +74,8 @@ class LucasKanade(nn.Module):
         difference = warped - reference
         products = torch.cat((x * x, x * y, y * y, x * difference, y * difference), dim=1)
         for _ in range(2):
-            products = F.avg_pool2d(
-                products, 2 * self.radius + 1, stride=1, padding=self.radius, count_include_pad=False
-            )
+            for size, padding in (((self.window, 1), (self.radius, 0)), ((1, self.window), (0, self.radius))):
+                products = F.avg_pool2d(products, size, stride=1, padding=padding, count_include_pad=False)
         xx, xy, yy, xd, yd = products.unbind(1)
         xx, yy = xx + self.damping, yy + self.damping
         determinant = xx * yy - xy * xy

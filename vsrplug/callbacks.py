@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
 
 from vsrplug.degradations import imresize
 
@@ -104,12 +104,19 @@ class EMA(WeightAveraging):
     Lightning's `EMAWeightAveraging` computes decay * average + (1 - decay) * weight, which rounds: frozen weights would
     drift away from themselves. This one moves the average by (1 - decay) of the difference, which for them is zero.
 
+    After n steps the average keeps min(decay, (1 + n) / (10 + n)): else it would remember the first weights for some
+    thousand steps, and a short run would end with a share of them.
+
     Args:
-        decay: share of the average that each step keeps; the first step sets it.
+        decay: share of the average that each step keeps in the long run.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+            kept = min(decay, (1 + int(count)) / (10 + int(count)))
+            return averaged + (current - averaged) * (1 - kept)
+
+        super().__init__(avg_fn=average)
 
 
 def _figures(trainer: Trainer) -> str:

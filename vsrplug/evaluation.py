@@ -137,7 +137,7 @@ def evaluate(
         transient=True,
         disable=not progress,
     )
-    with bar, _eval_mode(model), torch.inference_mode():
+    with bar, eval_mode(model), torch.inference_mode():
         task = bar.add_task(protocol.name, total=sum(len(clip) for clip in protocol.clips))
         for clip in protocol.clips:
             bar.update(task, description=f"{protocol.name}: {clip.name}")
@@ -206,7 +206,7 @@ def _check_output(sr: Tensor, hr: Tensor, name: str) -> None:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Each module keeps its own flag: `model.train(True)` would wake the frozen parts that someone set to eval."""
     flags = {module: module.training for module in model.modules()}
     model.eval()

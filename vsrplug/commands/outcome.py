@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vsrplug.commands import build
 from vsrplug.context import Context
 from vsrplug.degradations import crop_to_multiple
-from vsrplug.evaluation import Report, evaluate
+from vsrplug.evaluation import Report, eval_mode, evaluate
 from vsrplug.metrics import psnr
 from vsrplug.module import clip_network
 from vsrplug.pictures import comparison, save_picture
@@ -117,8 +117,5 @@ def picture(
 def _restore(network: nn.Module, lr: Tensor, masks: Any) -> Tensor:
     clip = lr[None].to(next((p.device for p in network.parameters()), torch.device("cpu")))
     context = Context(clip, masks=None if masks is None else masks(lr)[None].to(clip))
-    was_training = network.training
-    network.eval()
-    restored = clip_network(network)(clip, context)[0].clamp(0, 1).cpu()
-    network.train(was_training)
-    return restored
+    with eval_mode(network):
+        return clip_network(network)(clip, context)[0].clamp(0, 1).cpu()
