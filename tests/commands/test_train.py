@@ -50,7 +50,7 @@ def test_a_run_killed_at_a_random_moment_and_resumed_gives_the_same_weights(
         *tiny["train"],
         *("plugins=[seem,memory_bank]", "tuning=full", "callbacks=ema", "callbacks.ema.decay=0.9"),
         *("trainer.max_steps=14", "trainer.gradient_clip_val=0.5"),
-        *("+losses.weights={flow: 0.02, */quantisation: 0.1}", "+tuning.rates={backbone.spynet.*: 0.125}"),
+        *("+losses.weights={*/quantisation: 0.1}", "+tuning.rates={backbone.forward_trunk.*: 0.125}"),
     ]
     train.run(job("train", tmp_path / "whole", *overrides))
     command = [*COMMAND, "train", *overrides, f"hydra.run.dir={tmp_path / 'killed'}"]
