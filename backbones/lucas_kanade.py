@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from ._blocks import warp
 
-LUMA = (0.299, 0.587, 0.114)
-
 
 class LucasKanade(nn.Module):
     """Flow from `reference` into `supporting` by local least squares, coarse to fine; nothing in it learns.
@@ -28,8 +26,6 @@ class LucasKanade(nn.Module):
         damping: added to the diagonal of G, whose entries are means of squared gradients of grey values in [0, 1].
     """
 
-    luma: Tensor
-
     def __init__(self, levels: int = 4, iterations: int = 2, radius: int = 4, damping: float = 1e-3) -> None:
         super().__init__()
         self.levels = levels
@@ -37,7 +33,6 @@ class LucasKanade(nn.Module):
         self.radius = radius
         self.window = 2 * radius + 1
         self.damping = damping
-        self.register_buffer("luma", torch.tensor(LUMA).view(1, 3, 1, 1), persistent=False)
 
     @torch.no_grad()
     def forward(self, reference: Tensor, supporting: Tensor) -> Tensor:
@@ -62,8 +57,8 @@ class LucasKanade(nn.Module):
 
     def _pyramid(self, frame: Tensor) -> list[Tensor]:
         """Grey frames (b, 1, h, w) from the coarsest to the finest."""
-        frame = frame.to(torch.promote_types(frame.dtype, torch.float32))
-        pyramid = [(frame * self.luma.to(frame.dtype)).sum(1, keepdim=True)]
+        red, green, blue = frame.to(torch.promote_types(frame.dtype, torch.float32)).split(1, dim=1)
+        pyramid = [0.299 * red + 0.587 * green + 0.114 * blue]
         for _ in range(self.levels - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2, ceil_mode=True, count_include_pad=False))
         return pyramid[::-1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
@@ -27,6 +28,9 @@ COMMANDS = [
 @pytest.mark.parametrize("block", PYTHON)
 def test_python_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_clips" / "a").mkdir(parents=True)
+    for t in range(2):
+        Image.effect_noise((32, 24), 50).convert("RGB").save(tmp_path / "my_clips" / "a" / f"{t:08d}.png")
     exec(compile(block, "page", "exec"), {"__name__": "page"})
 
 

@@ -57,8 +57,12 @@ class VSRModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        # On the CPU, weights laid out otherwise than the features make a bfloat16 training step four times slower.
-        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # On the CPU, weights laid out otherwise than the features make a bfloat16 training step four times slower. Only
+        # convolutions are: DDP cannot broadcast a lone buffer that is channels-last.
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model
         self.tuning = tuning
         self.optimizer = optimizer
         self.schedule = schedule

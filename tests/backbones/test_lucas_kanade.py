@@ -28,7 +28,7 @@ def test_known_translation(shift: tuple[float, float]) -> None:
     ]  # what leaves the frame spoils the windows at its border
     error = (flow - torch.tensor(shift).view(2, 1, 1)).square().sum(0).sqrt()
     assert error.mean() < 0.08
-    assert torch.equal(LucasKanade()(waves(0, 0), waves(0, 0)), torch.zeros(1, 2, 48, 64))
+    assert LucasKanade()(waves(0, 0), waves(0, 0)).abs().max() < 1e-5  # a warp by nothing rounds
 
 
 def test_photographs_in_motion() -> None:
