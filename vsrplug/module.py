@@ -61,7 +61,7 @@ class VSRModule(LightningModule):
         # convolutions are: DDP cannot broadcast a lone buffer that is channels-last.
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                module.to(memory_format=torch.channels_last)
         self.model = model
         self.tuning = tuning
         self.optimizer = optimizer
