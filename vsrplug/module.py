@@ -57,7 +57,7 @@ class VSRModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        # On the CPU, weights laid out otherwise than the features make a bfloat16 training step four times slower. Only
+        # On the CPU, weights laid out otherwise than the features slow a bfloat16 training step about twofold. Only
         # convolutions are: DDP cannot broadcast a lone buffer that is channels-last.
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
