@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._blocks import ResidualBlock
+from ..plugins._blocks import ResidualBlock
 
 
 class Predeblur(nn.Module):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vsrplug.context import Context, Flows
 from vsrplug.site import SiteSpec
 
-from ._blocks import ResidualTrunk, in_chunks, warp
+from ..plugins._blocks import warp
+from ._blocks import ResidualTrunk, in_chunks
 from ._reconstruction import PixelShuffleHead
 from .lucas_kanade import LucasKanade
 from .spynet import SPyNet

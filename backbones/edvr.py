@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from vsrplug.context import Context
 from vsrplug.site import SiteSpec
 
-from ._blocks import ResidualBlock
-from ._deformable import DeformablePack
+from ..plugins._blocks import ResidualBlock
+from ..plugins._deformable import DeformablePack
 from ._predeblur import Predeblur, enlarge
 from ._reconstruction import PixelShuffleHead
 

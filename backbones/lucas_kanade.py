@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._blocks import warp
+from ..plugins._blocks import warp
 
 
 class LucasKanade(nn.Module):

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from vsrplug.backbones._deformable import deformable_convolution
+from vsrplug.plugins._deformable import deformable_convolution
 
 CASES = {  # what it is -> b, channels, deformable groups, h, w
     "EDVR-M, training patch": (4, 64, 8, 64, 64),

@@ -38,6 +38,7 @@ class Context:
 
     Attributes:
         flows: set by flow-based backbones, else None.
+        window: frames of the backbone's window, of which it restores the centre; None for recurrent networks.
         memo: what a plug-in computes once a pass. Keys are the plug-in, or `(plugin, site, t)` inside `forward`.
     """
 
@@ -55,6 +56,7 @@ class Context:
         self.keys = keys
         self.target = target
         self.flows: Flows | None = None
+        self.window: int | None = None
         self.memo: dict[Hashable, Any] = {}
         self._losses: dict[tuple[str, str], dict[tuple[str, int | None], Tensor]] = {}
         self._routes: Routes = {}
@@ -69,11 +71,12 @@ class Context:
             for (attached, loss), values in self._losses.items()
         }
 
-    def begin(self, routes: Routes) -> None:
+    def begin(self, routes: Routes, window: int | None = None) -> None:
         """Take the plug-ins of this pass. Called by `PluggedModel`; raises RuntimeError on a second pass."""
         if self._used:
             raise RuntimeError("this Context was used by an earlier pass; make a new one for every call of the model")
         self._used = True
+        self.window = window
         self._routes = routes
         self._learning = torch.is_grad_enabled()
 

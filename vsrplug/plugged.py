@@ -60,7 +60,7 @@ class PluggedModel(nn.Module):
         for name, plugin in plugins.items():
             for site in plugin.sites:
                 routes.setdefault(site, []).append((name, plugin))
-        context.begin(routes)
+        context.begin(routes, window=getattr(self.backbone, "window", None))
         context.pad(getattr(self.backbone, "multiple", 1))  # before prepare: sites will see padded features
         for plugin in plugins.values():
             plugin.prepare(context)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vsrplug import Context, Plugin, attach, load_official
 from vsrplug.backbones import BasicVSR, SPyNet, _blocks, basicvsr_tiny
-from vsrplug.backbones._blocks import warp
+from vsrplug.plugins._blocks import warp
 
 
 def small(**options: Any) -> BasicVSR:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vsrplug.backbones._blocks import CHUNK_PIXELS, ResidualBlock, ResidualTrunk, in_chunks, warp
+from vsrplug.backbones._blocks import CHUNK_PIXELS, ResidualTrunk, in_chunks
 from vsrplug.backbones._reconstruction import PixelShuffleHead
+from vsrplug.plugins._blocks import ResidualBlock, warp
 
 
 def warp_by_loop(feature: Tensor, flow: Tensor, padding: str) -> Tensor:

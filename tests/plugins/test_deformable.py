@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from vsrplug.backbones import _deformable
-from vsrplug.backbones._deformable import DeformablePack, deformable_convolution
+from vsrplug.plugins import _deformable
+from vsrplug.plugins._deformable import DeformablePack, deformable_convolution
 
 
 def _case(b: int, c: int, o: int, groups: int, h: int, w: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
