@@ -24,6 +24,7 @@ ROOT = Path(conf.__file__).parent
 COMMANDS = ("train", "evaluate", "describe", "upscale", "demo")
 GROUPS = ("backbone", "callbacks", "data", "degradation", "experiment", "logger", "losses", "masks", "optim", "plugins")
 GROUPS += ("protocol", "trainer", "tuning")
+EXPERIMENTS = sorted(str(f.relative_to(ROOT / "experiment").with_suffix("")) for f in ROOT.glob("experiment/**/*.yaml"))
 UNTRAINED = "backbone=basicvsr_tiny_untrained"
 NEEDED = {"data=folder": ["data.root={path}"], "data=video": ["data.path={path}"], "data=vid4": []}
 NEEDED |= {f"protocol=folder_bi_{colour}": ["protocol.clips.root={path}"] for colour in ("rgb", "y")}
@@ -35,6 +36,7 @@ GIVEN_LATER = {
     "vsrplug.losses.l1": {"sr", "hr"},
     "vsrplug.plugins.MemoryBankPlugin": {"channels"},
     "vsrplug.plugins.SEEMPlugin": {"channels"},
+    "vsrplug.plugins.SecondOrderPropagationPlugin": {"channels"},
 }
 # Where a yaml exists to say something else than the constructor's default.
 OTHERWISE = {
@@ -204,6 +206,23 @@ def test_every_command_knows_its_own_keys(command: str) -> None:
     cfg["protocoll"] = 1
     with pytest.raises(ValueError, match="there is no configuration key 'protocoll'"):
         build.check_keys(cfg, command)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_an_experiment_says_is_what_runs(name: str) -> None:
+    """A value in the body of train.yaml once won over the experiment's, and a run had twice the batch it claimed."""
+    said: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "experiment" / f"{name}.yaml"))
+    runs: Any = OmegaConf.to_container(composed("train", f"experiment={name}"), resolve=False)
+
+    def check(said: Any, runs: Any, path: str) -> None:
+        for key, value in said.items():
+            if isinstance(value, dict) and value:
+                check(value, runs[key], f"{path}{key}.")
+            else:
+                assert runs[key] == value, f"{path}{key}"
+
+    said.pop("defaults", None)
+    check(said, runs, "")
 
 
 def test_a_plugin_attached_to_a_composed_backbone_is_the_identity() -> None:
