@@ -8,7 +8,36 @@ if __name__ != "vsrplug.plugins":
         "Write `from vsrplug.plugins import ...`."
     )
 
+from .efst import EFST, EFSTPlugin, SpatioTemporalFusion
+from .flow_guided_deformable_alignment import FlowGuidedDeformableAlignment, FlowGuidedDeformableAlignmentPlugin
+from .gaussian_cross_frame_attention import GaussianCrossFrameAttention, GaussianCrossFrameAttentionPlugin
+from .image_cleaning import ImageCleaning, ImageCleaningPlugin, cleaning_loss
+from .latent_attention import LatentAttention, LatentAttentionPlugin, LongRangeAttention, ShortRangeAttention
 from .memory_bank import MemoryBank, MemoryBankPlugin
+from .second_order_propagation import SecondOrderPropagation, SecondOrderPropagationPlugin, compose_flows
 from .seem import SEEM, SEEMPlugin, SemanticRepresentation
 
-__all__ = ["SEEM", "MemoryBank", "MemoryBankPlugin", "SEEMPlugin", "SemanticRepresentation"]
+__all__ = [
+    "EFST",
+    "SEEM",
+    "EFSTPlugin",
+    "FlowGuidedDeformableAlignment",
+    "FlowGuidedDeformableAlignmentPlugin",
+    "GaussianCrossFrameAttention",
+    "GaussianCrossFrameAttentionPlugin",
+    "ImageCleaning",
+    "ImageCleaningPlugin",
+    "LatentAttention",
+    "LatentAttentionPlugin",
+    "LongRangeAttention",
+    "MemoryBank",
+    "MemoryBankPlugin",
+    "SEEMPlugin",
+    "SecondOrderPropagation",
+    "SecondOrderPropagationPlugin",
+    "SemanticRepresentation",
+    "ShortRangeAttention",
+    "SpatioTemporalFusion",
+    "cleaning_loss",
+    "compose_flows",
+]

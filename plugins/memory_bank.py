@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsrplug.context import Context
@@ -23,6 +24,10 @@ class MemoryBank(nn.Module):
     The 1/sqrt(C') is the official code's; eq. 2 leaves it out. The output projection W starts at zero, so that the
     module is the identity until trained.
 
+    The authors publish it as half of one block, whose other half is the cross-frame attention: `load_official` takes
+    from such a block, `MemoryBank(channels, entries=256)`, what is the memory's and reports the rest as ignored. There
+    the two halves share the normalisation and the query projection; a bank of one's own has its own.
+
     Args:
         channels: width c of the feature.
         entries: N, columns of the memory (the paper's 512, the official code's 256).
@@ -33,6 +38,14 @@ class MemoryBank(nn.Module):
     Shape:
         feature: (b, c, h, w) -> (b, c, h, w)
     """
+
+    official_names: ClassVar[tuple[tuple[str, str], ...]] = (
+        (r"^mb$", "memory"),
+        (r"^phi\.", "query."),
+        (r"^W_z1\.", "output."),
+    )
+    # The attention's: its Gaussian's distances and width, its key, value and output projections.
+    official_ignored: ClassVar[tuple[str, ...]] = ("D", "std", r"(theta|g|W_z)\.(weight|bias)")
 
     def __init__(
         self,
@@ -70,6 +83,9 @@ class MemoryBank(nn.Module):
 def recall(query: Tensor, memory: Tensor) -> Tensor:
     """What the memory holds for each query: MANA eq. 2 before the output projection.
 
+    It is attention whose keys and values are both the memory, so that torch's own kernels apply, with the factor
+    1/sqrt(c'), a softmax in float32 at least, and no matrix of all pixels by all entries, forward or backward.
+
     Args:
         query: (b, c', h, w)
         memory: (c', n)
@@ -77,11 +93,11 @@ def recall(query: Tensor, memory: Tensor) -> Tensor:
     Returns:
         (b, c', h, w), in the query's dtype.
     """
-    pixels = query.flatten(2).transpose(1, 2)  # b (h w) c'
-    entries = memory.to(query.dtype)
-    scores = pixels @ (entries / memory.shape[0] ** 0.5)  # b (h w) n
-    weights = scores.softmax(-1, dtype=_precise(query)).to(query.dtype)
-    return (weights @ entries.T).transpose(1, 2).unflatten(2, query.shape[2:])
+    # The kernels want the numbers of a pixel, and of an entry, side by side; else they fall back on the matrix.
+    pixels = query.permute(0, 2, 3, 1).contiguous()  # b h w c'
+    entries = memory.to(query.dtype).T.contiguous().expand(len(pixels), 1, -1, -1)  # b 1 n c'
+    read = F.scaled_dot_product_attention(pixels.flatten(1, 2).unsqueeze(1), entries, entries)  # b 1 (h w) c'
+    return read.view_as(pixels).permute(0, 3, 1, 2)
 
 
 def _precise(x: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ from vsrplug import backbones, conf
 from vsrplug.commands import build
 from vsrplug.degradations import BD, BDDUF, BI, STVUN
 from vsrplug.plugged import attach
+from vsrplug.site import SiteSpec
 
 ROOT = Path(conf.__file__).parent
 COMMANDS = ("train", "evaluate", "describe", "upscale", "demo")
 GROUPS = ("backbone", "callbacks", "data", "degradation", "experiment", "logger", "losses", "masks", "optim", "plugins")
 GROUPS += ("protocol", "trainer", "tuning")
-EXPERIMENTS = sorted(str(f.relative_to(ROOT / "experiment").with_suffix("")) for f in ROOT.glob("experiment/**/*.yaml"))
 UNTRAINED = "backbone=basicvsr_tiny_untrained"
-NEEDED = {"data=folder": ["data.root={path}"], "data=video": ["data.path={path}"], "data=vid4": []}
+NEEDED = {"data=folder": ["data.root={path}"], "data=video": ["data.path={path}"]}
+NEEDED["masks=cached"] = ["masks.folder={path}"]
 NEEDED |= {f"protocol=folder_bi_{colour}": ["protocol.clips.root={path}"] for colour in ("rgb", "y")}
 
 # Given when a half-built call is finished.
@@ -34,6 +36,10 @@ GIVEN_LATER = {
     "vsrplug.VSRDataModule": {"validation"},
     "vsrplug.losses.charbonnier": {"sr", "hr"},
     "vsrplug.losses.l1": {"sr", "hr"},
+    "vsrplug.plugins.EFSTPlugin": {"channels"},
+    "vsrplug.plugins.FlowGuidedDeformableAlignmentPlugin": {"channels"},
+    "vsrplug.plugins.ImageCleaningPlugin": {"channels"},
+    "vsrplug.plugins.LatentAttentionPlugin": {"channels"},
     "vsrplug.plugins.MemoryBankPlugin": {"channels"},
     "vsrplug.plugins.SEEMPlugin": {"channels"},
     "vsrplug.plugins.SecondOrderPropagationPlugin": {"channels"},
@@ -42,14 +48,17 @@ GIVEN_LATER = {
 OTHERWISE = {
     "vsrplug.VSRDataModule": {"masks", "patch"},  # chosen as a group; what two cores can do
     "vsrplug.data.DemoClips": {"split", "clips"},  # of a protocol: the held-back ones
+    "vsrplug.plugins.LatentAttentionPlugin": {"order"},  # the five of the paper's table 2
     "vsrplug.plugins.SEEMPlugin": {"masks"},  # as many as the mask source makes
-    "vsrplug.protocols.Protocol": {"border", "skip_frames"},
+    "vsrplug.data.reds": {"split"},
+    "vsrplug.data.vimeo90k": {"split", "motion"},
+    "vsrplug.protocols.Protocol": {"border", "skip_frames", "mirror"},
     "vsrplug.tuning.Tuning": {"train"},
 }
 
 
 def options(group: str) -> list[str]:
-    return sorted(file.stem for file in (ROOT / group).glob("*.yaml"))
+    return sorted(str(f.relative_to(ROOT / group).with_suffix("")) for f in (ROOT / group).rglob("*.yaml"))
 
 
 def composed(command: str, *overrides: str) -> DictConfig:
@@ -96,7 +105,8 @@ def test_every_option_is_a_call_with_the_constructors_names_and_defaults(choice:
         given = {key: value for key, value in call.items() if not key.startswith("_")}
         parameters = dict(inspect.signature(hydra.utils.get_method(call._target_)).parameters)
         if call._target_ == "vsrplug.load_backbone":  # which hands its keywords on
-            assert given.pop("path") is None
+            path = given.pop("path")
+            assert path is None or group == "experiment"
             parameters = dict(inspect.signature(backbones.NETWORKS[given.pop("name")]).parameters)
         if not call._target_.startswith("vsrplug."):  # others have more than anyone wants to see
             assert given.keys() <= parameters.keys(), call
@@ -130,17 +140,25 @@ def test_every_choice_of_plugins_makes_these_plugins(plugins: str) -> None:
     assert build.make(cfg.tuning).apply(model) == sum(p.numel() for p in model.plugins.parameters())
 
 
+def serves(plugins: str, sites: dict[str, SiteSpec]) -> bool:
+    """Whether every plug-in of this choice has a default site among `sites`."""
+    calls = composed("describe", UNTRAINED, f"plugins={plugins}").plugins.values()
+    return bool(calls) and all(set(hydra.utils.get_class(c._target_).default_sites) & set(sites) for c in calls)
+
+
 @pytest.mark.parametrize("option", options("backbone"))
 def test_every_backbone_is_made_and_takes_every_plugin(option: str) -> None:
     small = {"basicvsr": ["backbone.blocks=1"], "edvr": ["backbone.extract_blocks=1", "backbone.reconstruct_blocks=1"]}
-    names = [] if option == "bicubic" else sorted({*options("plugins")} - {"none"})  # colour is no feature
+    sites = build.make_model(composed("describe", f"backbone={option}", *small.get(option, []))).sites
+    names = [name for name in options("plugins") if serves(name, sites)]
     overrides = [f"backbone={option}", f"plugins=[{','.join(names)}]", *small.get(option, [])]
     assert sorted(build.make_model(composed("describe", *overrides)).plugins) == names
+    assert names  # bicubic has frames to clean
 
 
 def test_degradations_are_named_after_what_they_are() -> None:
     kinds = {"bd": BD, "bd_duf": BDDUF, "bi": BI, "stvun": STVUN}
-    assert options("degradation") == sorted(kinds)
+    assert options("degradation") == sorted([*kinds, "none"])
     for name, kind in kinds.items():
         made = build.make(composed("train", UNTRAINED, f"degradation={name}").degradation)
         assert type(made) is kind
@@ -151,8 +169,13 @@ def test_degradations_are_named_after_what_they_are() -> None:
 def test_a_protocol_is_called_by_the_name_of_its_file(name: str) -> None:
     cfg = composed("evaluate", UNTRAINED, f"protocol={name}")
     assert cfg.protocol.name == name
-    data, degradation, colour = name.split("_", 1)[0], *name.split("_", 1)[1].rsplit("_", 1)
+    data, motion, degradation, colour = re.fullmatch(r"([a-z0-9]+)_(fast_|medium_|slow_)?(\w+)_(y|rgb)", name).groups()
+    data = {"reds4": "reds"}.get(data, data)
     assert cfg.protocol.colour == colour
+    assert cfg.protocol.clips.get("motion", "all") == (motion or "all_").rstrip("_")
+    assert cfg.protocol.clips.get("split", "test") == "test"
+    septuplets = data == "vimeo90k"  # the fourth frame of seven, between the clip and its mirror image
+    assert (cfg.protocol.mirror, cfg.protocol.skip_frames) == (septuplets, 3 if septuplets else 2 * ("duf" in name))
     assert OmegaConf.to_container(cfg.protocol.degradation) == OmegaConf.to_container(
         OmegaConf.load(ROOT / "degradation" / f"{degradation}.yaml")
     )
@@ -173,7 +196,7 @@ def test_every_data_source_is_made(option: str, needed: Any, tmp_path: Path) -> 
         with pytest.raises(InstantiationException) as caught:
             build.make(cfg.data)
         text = build.describe_error(caught.value)
-        assert {"vid4": f"there is no folder {tmp_path}/vid4", "video": "holds no video files"}[option] in text
+        assert ("holds no video files" if option == "video" else f"there is no folder {tmp_path}/{option}") in text
 
 
 def test_trainer_callbacks_loggers_and_optimizers_are_made(tmp_path: Path) -> None:
@@ -208,7 +231,7 @@ def test_every_command_knows_its_own_keys(command: str) -> None:
         build.check_keys(cfg, command)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", options("experiment"))
 def test_what_an_experiment_says_is_what_runs(name: str) -> None:
     """A value in the body of train.yaml once won over the experiment's, and a run had twice the batch it claimed."""
     said: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "experiment" / f"{name}.yaml"))

@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_module
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+FILES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 PYTHON = [
     pytest.param(block, id=f"{page}-{i}")
     for page, text in PAGES.items()

@@ -81,11 +81,13 @@ class Context:
         self._learning = torch.is_grad_enabled()
 
     def pad(self, multiple: int) -> Tensor:
-        """Frames (b, t, 3, h', w') with h' and w' multiples of `multiple`; masks are padded alike.
+        """Frames (b, t, 3, h', w') with h' and w' multiples of `multiple`; masks and target are padded alike.
 
         The last row and column are repeated to the bottom and right. Calling it again changes nothing, so a backbone
         calls it first thing, whether or not the model around it did already.
         """
+        if self.target is not None:  # of the enlarged frames
+            self.target = _pad(self.target, multiple * (self.target.shape[-1] // self.frames.shape[-1]))
         self.frames = _pad(self.frames, multiple)
         if self.masks is not None:
             self.masks = _pad(self.masks, multiple)

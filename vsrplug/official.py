@@ -47,10 +47,13 @@ def load_official(network: nn.Module, state_dict_or_path: Mapping[str, Any] | st
 
     Wrappers (`params_ema`, `params`, `state_dict`) and prefixes (`module.`, `generator.`, `model.backbone.`, ...) are
     taken off, names of other code bases are changed by the network's own table `official_names`, and constants that a
-    file carries (SPyNet's mean and std) are compared and reported as ignored.
+    file carries (SPyNet's mean and std) are compared and reported as ignored. Where authors publish one block that is
+    several modules here, each takes its own entries, and those of the others, the patterns of its `official_ignored`,
+    are reported as ignored.
 
     Args:
-        network: one of `vsrplug.backbones`, of the file's width, depth and variant.
+        network: one of `vsrplug.backbones`, or a plain module of `vsrplug.plugins`, of the file's width, depth and
+            variant.
         state_dict_or_path: a .pth, .pt, .ckpt or .safetensors file, or what `torch.load` made of it.
 
     Returns:
@@ -78,6 +81,10 @@ def load_official(network: nn.Module, state_dict_or_path: Mapping[str, Any] | st
         # Loose enough for a half-precision file, close enough to tell other constants.
         if found.shape != value.shape or not torch.allclose(found, value, rtol=1e-2):
             raise ValueError(f"{where} differ in the constant {name}: {value.tolist()} here, {found.tolist()} there")
+        ignored.append(name)
+    others = getattr(network, "official_ignored", ())
+    for name in [name for name in renamed if any(re.fullmatch(pattern, name) for pattern in others)]:
+        del renamed[name]
         ignored.append(name)
     _compare(where, own, renamed)
     network.load_state_dict(renamed)
@@ -118,7 +125,11 @@ def load_backbone(name: str, path: str | Path | None = None, **kwargs: Any) -> n
 def _read(path: Path) -> Any:
     """What a weights file holds, on the CPU, without running any code of it."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}")
+        raise FileNotFoundError(
+            f"there is no weights file {path}; official ones are linked from BasicSR's docs/ModelZoo.md and mmagic's "
+            "configs/*/README.md: put it there, or give backbone.path=... (for all of an experiment's, the folder: "
+            "paths.weights=..., which is the variable VSRPLUG_WEIGHTS)"
+        )
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

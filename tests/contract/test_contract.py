@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vsrplug import Context, PluggedModel, Plugin, attach, load_plugins, save_plugins
 from vsrplug.backbones import EDVR, BasicVSR, SPyNet
-from vsrplug.plugins import MemoryBankPlugin, SEEMPlugin
+from vsrplug.plugins import (
+    EFSTPlugin,
+    FlowGuidedDeformableAlignmentPlugin,
+    GaussianCrossFrameAttentionPlugin,
+    ImageCleaningPlugin,
+    LatentAttentionPlugin,
+    MemoryBankPlugin,
+    SecondOrderPropagationPlugin,
+    SEEMPlugin,
+)
 
 C, MASKS = 16, 5
 
@@ -24,21 +35,38 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 
 
 class Row(NamedTuple):
-    """A plug-in, the constructor arguments that suit narrow features, and what its pass needs besides frames."""
+    """A plug-in, the constructor arguments that suit narrow features, where it serves, and what its pass needs.
+
+    `where` is a pattern of the names of sites, of `kinds` and of the width `channels`; `target` is the enlarged truth,
+    which some plug-ins learn from.
+    """
 
     make: type[Plugin]
     arguments: dict[str, Any]
+    where: str = ""
+    channels: int = C
     masks: bool = False
+    target: bool = False
 
 
 PLUGINS = {
+    "efst": Row(EFSTPlugin, {"frames": 3}, where="^(features|aligned|fused)$"),
+    "flow_guided_deformable_alignment": Row(FlowGuidedDeformableAlignmentPlugin, {}, where="_warped$"),
+    "gaussian_cross_frame_attention": Row(GaussianCrossFrameAttentionPlugin, {"frames": 3, "groups": 4}),
+    "image_cleaning": Row(ImageCleaningPlugin, {"width": 8, "blocks": 1}, where="^input$", channels=3, target=True),
+    "latent_attention": Row(LatentAttentionPlugin, {"order": ("short", "long")}),
     "memory_bank": Row(MemoryBankPlugin, {"groups": 4, "entries": 8}),
+    "second_order_propagation": Row(SecondOrderPropagationPlugin, {}, where="_(warped|output)$"),
     "seem": Row(SEEMPlugin, {"masks": MASKS}, masks=True),
 }
 
 
 def served(row: Row, backbone: nn.Module) -> list[str]:
-    return [site for site, spec in backbone.sites.items() if spec.kind in row.make.kinds and spec.channels == C]
+    return [
+        site
+        for site, spec in backbone.sites.items()
+        if spec.kind in row.make.kinds and spec.channels == row.channels and re.search(row.where, site)
+    ]
 
 
 CELLS = [
@@ -47,7 +75,13 @@ CELLS = [
     for backbone, make in BACKBONES.items()
     for site in served(row, make())
 ]
-PAIRS = [pytest.param(p, b, id=f"{p}-{b}") for p in PLUGINS for b in BACKBONES]
+# Where a plug-in's default sites put it on a backbone that has some of them.
+PAIRS = [
+    pytest.param(plugin, backbone, id=f"{plugin}-{backbone}")
+    for plugin, row in PLUGINS.items()
+    for backbone, make in BACKBONES.items()
+    if set(served(row, make())) & set(row.make.default_sites)
+]
 
 
 def noisy(name: str) -> nn.Module:
@@ -61,7 +95,7 @@ def noisy(name: str) -> nn.Module:
 
 def build(plugin: str, backbone: nn.Module, sites: tuple[str, ...] | None = None, **changes: Any) -> PluggedModel:
     row = PLUGINS[plugin]
-    return attach(backbone, it=row.make(C, sites=sites, **{**row.arguments, **changes}))
+    return attach(backbone, it=row.make(row.channels, sites=sites, **{**row.arguments, **changes}))
 
 
 def clip(t: int = 3, h: int = 12, w: int = 16) -> Tensor:
@@ -70,9 +104,11 @@ def clip(t: int = 3, h: int = 12, w: int = 16) -> Tensor:
 
 def run(model: nn.Module, frames: Tensor, plugin: str) -> tuple[Tensor, Context]:
     b, t, _, h, w = frames.shape
+    row = PLUGINS[plugin]
     generator = torch.Generator().manual_seed(1)
-    masks = (torch.rand(b, t, MASKS, h, w, generator=generator) > 0.5).to(frames) if PLUGINS[plugin].masks else None
-    context = Context(frames, masks=masks)
+    masks = (torch.rand(b, t, MASKS, h, w, generator=generator) > 0.5).to(frames) if row.masks else None
+    target = torch.rand(b, t, 3, 4 * h, 4 * w, generator=generator).to(frames) if row.target else None
+    context = Context(frames, masks=masks, target=target)
     return model(frames, context), context
 
 
@@ -198,3 +234,50 @@ def test_compiles_without_a_graph_break(plugin: str, backbone: str) -> None:
         for frames in (clip(), clip(h=8, w=20)):  # the second size compiles with sizes that are symbols
             out = run(compiled, frames, plugin)[0]
             torch.testing.assert_close(out, run(model, frames, plugin)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("plugin", "backbone"), PAIRS)
+def test_the_same_again_is_the_same_to_the_last_bit(plugin: str, backbone: str) -> None:
+    model = awake(build(plugin, noisy(backbone)))
+    frames = clip()
+    for training in (False, True):
+        model.train(training)
+        torch.manual_seed(3)
+        first = run(model, frames, plugin)[0]
+        torch.manual_seed(3)
+        assert torch.equal(run(model, frames, plugin)[0], first)
+
+
+@pytest.mark.parametrize(("plugin", "backbone"), PAIRS)
+def test_float16_agrees_with_float32(plugin: str, backbone: str) -> None:
+    model = awake(build(plugin, noisy(backbone))).eval()
+    frames = clip()
+    exact = run(model, frames, plugin)[0]
+    half = run(model.to(torch.float16), frames.half(), plugin)[0]
+    assert half.dtype == torch.float16
+    assert (half.float() - exact).abs().mean() < 0.01 * exact.abs().max()
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return out
+
+
+@pytest.mark.parametrize(("plugin", "backbone"), PAIRS)
+def test_memory_grows_with_the_pixels_not_with_their_square(plugin: str, backbone: str) -> None:
+    model = awake(build(plugin, noisy(backbone)))
+
+    def largest(h: int, w: int) -> int:
+        with Largest() as seen:
+            loss_of(*run(model, clip(h=h, w=w), plugin)).backward()
+        return seen.elements
+
+    assert largest(48, 64) < 5 * largest(24, 32)  # four times the pixels; their square would be sixteen

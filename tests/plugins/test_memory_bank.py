@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vsrplug import Context, attach
+from vsrplug import Context, attach, load_official
 from vsrplug.backbones import BasicVSR, SPyNet
 from vsrplug.plugins import MemoryBank, MemoryBankPlugin
 
@@ -67,18 +69,78 @@ def test_equation_2_and_its_loss() -> None:
     assert (refined - feature).abs().max() > 0.1
 
 
-def test_the_loss_of_the_official_block(golden: ModuleType) -> None:
+def test_the_authors_block(golden: ModuleType) -> None:
     """Its `qloss` depends on the normalisation, the query and the memory alone, so it pins all three."""
     case = golden.load("mana_attention")
-    state, clip = case.state_dict(), case.input()
-    width, entries = state["mb"].shape
-    module = MemoryBank(clip.shape[2], entries, width)
-    renamed = {"norm": "norm", "query": "phi", "output": "W_z1"}
-    ours = {f"{to}.{end}": state[f"{name}.{end}"] for to, name in renamed.items() for end in ("weight", "bias")}
-    module.load_state_dict(ours | {"memory": state["mb"]})
+    clip, block = case.input(), case.state_dict() | {"D": torch.zeros(256, 256)}
+    module = MemoryBank(clip.shape[2], entries=256)
+    report = load_official(module, {"params": {f"module.{key}": value for key, value in block.items()}})
+    assert sorted(report.loaded) == sorted(module.state_dict())
+    of_attention = [f"{name}.{end}" for name in ("W_z", "g", "theta") for end in ("bias", "weight")]
+    assert report.ignored == sorted(["D", "std", *of_attention])
+    assert (report.missing, report.unexpected) == ([], [])
     with torch.no_grad():
-        loss = module.refine(clip[:, clip.shape[1] // 2])[1]
+        refined, loss = module.refine(clip[:, clip.shape[1] // 2])
     assert case.check({"qloss": loss}) < 1e-6
+    attended = attention_by_hand(block, clip)
+    assert case.check({"z": (refined + attended).float()}) < 1e-5
+
+
+def attention_by_hand(block: dict[str, Tensor], clip: Tensor) -> Tensor:
+    """The other residual of the block, MANA eq. 1 as the authors' code has it: every frame by itself, float64."""
+    block, frames = {key: value.double() for key, value in block.items()}, clip.double().unbind(1)
+    h, w = clip.shape[-2:]
+    row, column = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+    distance = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
+
+    def projected(name: str, feature: Tensor) -> Tensor:
+        normed = nn.functional.group_norm(feature, 32, block["norm.weight"], block["norm.bias"], eps=1e-6)
+        return (
+            torch.einsum("oc,bcp->bpo", block[f"{name}.weight"][..., 0, 0], normed.flatten(2)) + block[f"{name}.bias"]
+        )
+
+    query, found = projected("phi", frames[len(frames) // 2]), []
+    for frame in frames:
+        weights = (query @ projected("theta", frame).transpose(1, 2)).softmax(-1)
+        found.append(weights * torch.exp(-distance / (2 * block["std"] ** 2)) @ projected("g", frame))
+    residual = torch.cat(found, -1) @ block["W_z.weight"][..., 0, 0].T + block["W_z.bias"]
+    return residual.transpose(1, 2).unflatten(2, (h, w))
+
+
+def test_entries_that_are_no_part_of_the_block(golden: ModuleType) -> None:
+    block = golden.load("mana_attention").state_dict()
+    module = MemoryBank(64)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"1 unexpected in the file: W_z2.weight"):
+        load_official(module, block | {"W_z2.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"1 missing in the file: memory"):
+        load_official(module, {key: value for key, value in block.items() if key != "mb"})
+    with pytest.raises(ValueError, match=r"of another shape: memory \(32, 512\) here, \(32, 256\) there"):
+        load_official(MemoryBank(64, entries=512), block)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    load_official(module, MemoryBank(64).state_dict())  # of our own making
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [value for value in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(value, Tensor)]
+        self.elements = max([self.elements, *(value.numel() for value in made)])
+        return out
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("entries", [128, 1024])
+def test_no_matrix_of_pixels_by_entries(entries: int, layout: torch.memory_format) -> None:
+    module, feature = noisy(MemoryBank(32, entries)), torch.randn(1, 32, 50, 60).to(memory_format=layout)
+    with Largest() as seen:
+        refined, loss = module.refine(feature.requires_grad_())
+        (refined.square().mean() + loss).backward()
+    assert seen.elements == feature.numel() < 50 * 60 * entries
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

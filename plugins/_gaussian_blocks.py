@@ -1,0 +1,279 @@
+"""Gaussian-weighted attention in tiles of queries and blocks of keys: exact, in memory linear in the image.
+
+Pixels are last but one throughout: query (b, h, w, c), key (b, t, h, w, c), value (b, t, h, w, c'), in float32 or
+float64. Within a tile there are n queries, and m keys in a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SAMPLE = 64  # keys of a frame whose largest score stands in for the largest of all
+OVERFLOW = 2.0**90  # float32 reaches 2**127; the rest is for the values that are weighted
+LOG2_E = math.log2(math.e)  # scores are kept to base 2: torch's exp2 takes a third of the time of its exp
+
+
+def sizes(device: torch.device) -> tuple[int, int, int]:
+    """Rows and columns of queries taken together, and scores in hand at a time.
+
+    Measured on two cores with 1 MiB of second-level cache each, which the scores fill. A GPU wants more work a call.
+    """
+    return (16, 16, 2**19) if device.type == "cpu" else (32, 32, 2**24)
+
+
+class Tile(NamedTuple):
+    """Queries taken together, and which keys are near them."""
+
+    rows: slice
+    columns: slice
+    near: slice  # of the keys in the order of the strip, see `_in_order`
+    squared: Tensor  # (n, near keys), squares of distances
+
+    def of(self, image: Tensor) -> Tensor:
+        """Its part of (..., h, w, c), as (..., n, c)."""
+        return image[..., self.rows, self.columns, :].flatten(-3, -2)
+
+    def into(self, image: Tensor) -> Tensor:
+        """Its place in (..., h, w, c), to write to."""
+        return image[..., self.rows, self.columns, :]
+
+    def table(self, sigma: Tensor, weighting: str) -> Tensor:
+        """G of every query and near key, or its logarithm to base 2 where that is added to the scores."""
+        logarithm = self.squared * (-LOG2_E / (2 * _positive(sigma) ** 2))
+        return logarithm if weighting == "softmax_of_gaussian" else logarithm.exp2_()
+
+    def blocks(self, keys: Tensor, weighting: str) -> Iterator[tuple[slice, slice | None]]:
+        """The near keys in blocks, each with its columns of `table`, then all others where the softmax needs them."""
+        t, count, _ = keys.shape
+        size = max(1, sizes(keys.device)[2] // (t * len(self.squared)))
+        for start in range(self.near.start, self.near.stop, size):
+            stop = min(start + size, self.near.stop)
+            yield slice(start, stop), slice(start - self.near.start, stop - self.near.start)
+        for first, last in ((0, self.near.start), (self.near.stop, count)):
+            for start in range(first, last, size) if weighting == "gaussian_of_softmax" else ():
+                yield slice(start, min(start + size, last)), None
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, sigma: Tensor, weighting: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`gaussian_attention` on pixels-last tensors.
+
+    Returns:
+        The result (b, t, h, w, c'), and the logarithm to base 2 of what the softmax divides by, (b, t, h, w, 1).
+    """
+    out, lse = torch.empty_like(value), key.new_zeros((*key.shape[:-1], 1))
+    scaled = query if weighting == "product" else query * LOG2_E
+    everything = weighting == "gaussian_of_softmax"
+    with torch.autocast(query.device.type, enabled=False):
+        for i, columns, reach in _strips(key, sigma, eps):
+            keys, values = _in_order(key[i], reach, everything), _in_order(value[i], reach, False)
+            sample = keys[:, :: -(-keys.shape[1] // SAMPLE)]
+            for tile in _tiles(key, columns, reach, sigma, eps):
+                q = tile.of(scaled[i])
+                # A softmax is the same whatever is subtracted from all scores, as long as its sum stays within the
+                # range of the dtype. The largest score would take one more pass over all of them; any one of them keeps
+                # the sum from vanishing, so a likely one is tried first.
+                if weighting == "gaussian_of_softmax":
+                    offset = (q @ sample.mT).amax(-1, keepdim=True)
+                elif weighting == "softmax_of_gaussian":
+                    offset = (q * tile.of(key[i])).sum(-1, keepdim=True)  # the query's own place, where G is one
+                else:
+                    offset = lse.new_zeros(())
+                weighted, total = _attend(q, keys, values, offset, tile, sigma, weighting)
+                if not total.max() < OVERFLOW:
+                    offset = _largest(q, keys, tile, sigma, weighting)
+                    weighted, total = _attend(q, keys, values, offset, tile, sigma, weighting)
+                place = tile.into(out[i])
+                place.copy_((weighted / total).view_as(place))
+                place = tile.into(lse[i])
+                place.copy_((total.log2() + offset).view_as(place))
+    return out, lse
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, offset: Tensor, tile: Tile, sigma: Tensor, weighting: str
+) -> tuple[Tensor, Tensor]:
+    """The sum of weights times values (t, n, c'), and what the softmax divides it by (t, n, 1)."""
+    t, n = len(keys), len(query)
+    weighted, table = values.new_zeros(t, n, values.shape[-1]), tile.table(sigma, weighting)
+    total = keys.new_full((t, n, 1), float(weighting == "product"))
+    for block, near in tile.blocks(keys, weighting):
+        weights = _before_gaussian(query, keys[:, block], offset, table, near, weighting)
+        if weighting != "product":
+            total += weights.sum(-1, keepdim=True)
+        if near is not None:
+            if weighting != "softmax_of_gaussian":
+                weights *= table[:, near]
+            weighted.baddbmm_(weights, values[:, block])
+    return weighted, total
+
+
+def _before_gaussian(
+    query: Tensor, keys: Tensor, offset: Tensor, table: Tensor, near: slice | None, weighting: str
+) -> Tensor:
+    """What is summed by the softmax, relative to 2**offset, or for a product the scores: (t, n, m)."""
+    weights = torch.baddbmm(-offset, query.expand(len(keys), -1, -1), keys.mT)
+    if weighting == "softmax_of_gaussian":
+        weights += table[:, near]
+    return weights if weighting == "product" else weights.exp2_()
+
+
+def _largest(query: Tensor, keys: Tensor, tile: Tile, sigma: Tensor, weighting: str) -> Tensor:
+    """The largest score of each query, (t, n, 1)."""
+    largest, table = keys.new_full((), -math.inf), tile.table(sigma, weighting)
+    for block, near in tile.blocks(keys, weighting):
+        scores = query @ keys[:, block].mT
+        if weighting == "softmax_of_gaussian":
+            scores += table[:, near]
+        largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
+    return largest
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sigma: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    weighting: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sigma; the weights are computed again, block by block.
+
+    With P what the softmax gives, D = grad . out and dA = grad . value, the gradient of a score is
+        gaussian_of_softmax: P G dA - P D, the second term (of the softmax's own sum) for all keys
+        softmax_of_gaussian: P (dA - D), here G is within P
+        product: G dA
+    and that of log G, which times d^2 / sigma^3 gives that of sigma, the same without P D, and times s for a product.
+    """
+    dquery, dkey, dvalue = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    moment = query.new_zeros((), dtype=torch.float64)
+    scaled = query if weighting == "product" else query * LOG2_E
+    everything = weighting == "gaussian_of_softmax"
+    with torch.autocast(query.device.type, enabled=False):
+        drop = (grad * out).sum(-1, keepdim=True)
+        for i, columns, reach in _strips(key, sigma, eps):
+            keys, values = _in_order(key[i], reach, everything), _in_order(value[i], reach, False)
+            dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+            for tile in _tiles(key, columns, reach, sigma, eps):
+                table, offset, d, g = tile.table(sigma, weighting), tile.of(lse[i]), tile.of(drop[i]), tile.of(grad[i])
+                q = tile.of(query[i]).expand(len(keys), -1, -1)
+                dq = torch.zeros_like(q)
+                for block, near in tile.blocks(keys, weighting):
+                    weights = _before_gaussian(tile.of(scaled[i]), keys[:, block], offset, table, near, weighting)
+                    if near is None:
+                        dscores = weights.mul_(-d)
+                    else:
+                        dweights = g @ values[:, block].mT
+                        if weighting == "softmax_of_gaussian":
+                            dweights -= d
+                            dvalues[:, block].baddbmm_(weights.mT, g)
+                        else:
+                            dweights *= table[:, near]
+                            dvalues[:, block].baddbmm_((weights * table[:, near]).mT, g)
+                        dlog = weights * dweights
+                        moment += (dlog * tile.squared[:, near]).sum(dtype=torch.float64)
+                        if weighting == "gaussian_of_softmax":
+                            dscores = dlog.sub_(weights.mul_(d))
+                        else:
+                            dscores = dweights if weighting == "product" else dlog
+                    dq.baddbmm_(dscores, keys[:, block])
+                    dkeys[:, block].baddbmm_(dscores.mT, q)
+                place = tile.into(dquery[i])
+                place.copy_(dq.sum(0).view_as(place))
+            _add_in_order(dkey[i], reach, everything, dkeys)
+            _add_in_order(dvalue[i], reach, False, dvalues)
+    dsigma = moment / _positive(sigma).double() ** 3 * sigma.sign()
+    return dquery, dkey, dvalue, dsigma.to(sigma.dtype).view_as(sigma)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.weighting, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _propagate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_blocked_backward(grad.contiguous(), *ctx.saved_tensors, ctx.weighting, ctx.eps), None, None)
+
+
+# Operators of their own, which torch.compile takes as they are: it would unroll the loops.
+blocked = torch.library.custom_op("vsrplug::gaussian_attention", forward, mutates_args=())
+_blocked_backward = torch.library.custom_op("vsrplug::gaussian_attention_backward", backward, mutates_args=())
+blocked.register_autograd(_propagate, setup_context=_save)
+blocked.register_fake(lambda q, k, v, sigma, weighting, eps: (torch.empty_like(v), k.new_empty((*k.shape[:-1], 1))))
+_blocked_backward.register_fake(
+    lambda grad, q, k, v, sigma, out, lse, weighting, eps: tuple(torch.empty_like(x) for x in (q, k, v, sigma))
+)
+
+
+def _positive(sigma: Tensor) -> Tensor:
+    """Its size as a scalar; never zero, where only a query's own place would count."""
+    return sigma.abs().clamp(min=1e-6).reshape(())
+
+
+def _reach(size: int, sigma: Tensor, eps: float) -> int:
+    """Pixels beyond which G is below eps, `size` at most."""
+    radius = _positive(sigma).item() * math.sqrt(-2 * math.log(eps)) if eps else math.inf
+    return int(min(size, radius))  # in this order a sigma that is no number gives a result that is none, and no error
+
+
+def _strips(key: Tensor, sigma: Tensor, eps: float) -> Iterator[tuple[int, slice, slice]]:
+    """Every clip of the batch and column of tiles: the index of the clip, the columns of queries and of near keys."""
+    w, step = key.shape[3], sizes(key.device)[1]
+    reach = _reach(w, sigma, eps)
+    for i in range(len(key)):
+        for start in range(0, w, step):
+            stop = min(start + step, w)
+            yield i, slice(start, stop), slice(max(start - reach, 0), min(stop + reach, w))
+
+
+def _tiles(key: Tensor, columns: slice, near: slice, sigma: Tensor, eps: float) -> Iterator[Tile]:
+    """The tiles of one strip, from the top."""
+    h, step = key.shape[2], sizes(key.device)[0]
+    reach = _reach(h, sigma, eps)
+    y, x = (torch.arange(size, device=key.device, dtype=key.dtype) for size in key.shape[2:4])
+    across = (x[columns, None] - x[near]).square()
+    for start in range(0, h, step):
+        rows = slice(start, min(start + step, h))
+        first, last = max(start - reach, 0), min(rows.stop + reach, h)
+        down = (y[rows, None] - y[first:last]).square()
+        squared = (down[:, None, :, None] + across[:, None, :]).flatten(2).flatten(0, 1)
+        width = near.stop - near.start
+        yield Tile(rows, columns, slice(first * width, last * width), squared)
+
+
+def _parts(image: Tensor, near: slice, everything: bool) -> Iterator[tuple[slice, slice]]:
+    """Columns of (t, h, w, c) and where they stand in (t, h w, c): the strip's come first, then, if asked, the others.
+
+    So what is near to a tile of the strip is one slice, and what is not is two.
+    """
+    h, w = image.shape[1:3]
+    start = 0
+    for columns in (near, slice(0, near.start), slice(near.stop, w)) if everything else (near,):
+        stop = start + h * (columns.stop - columns.start)
+        yield columns, slice(start, stop)
+        start = stop
+
+
+def _in_order(image: Tensor, near: slice, everything: bool) -> Tensor:
+    """(t, h, w, c) -> (t, h w, c), the strip's columns first; without the others (t, h w', c)."""
+    t, h, _, c = image.shape
+    parts = list(_parts(image, near, everything))
+    ordered = image.new_empty(t, parts[-1][1].stop, c)
+    for columns, place in parts:
+        ordered[:, place].view(t, h, -1, c).copy_(image[:, :, columns])
+    return ordered
+
+
+def _add_in_order(image: Tensor, near: slice, everything: bool, ordered: Tensor) -> None:
+    """Add what `_in_order` would give back to its place."""
+    for columns, place in _parts(image, near, everything):
+        image[:, :, columns] += ordered[:, place].view_as(image[:, :, columns])

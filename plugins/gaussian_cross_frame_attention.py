@@ -1,0 +1,216 @@
+"""Cross-frame non-local attention: a frame asks its neighbours' pixels, near ones first, without alignment.
+
+Paper: Yu, Liu, Bo, Mei, "Memory-Augmented Non-Local Attention for Video Super-Resolution", 2021, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from vsrplug.context import Context
+from vsrplug.plugin import Plugin
+from vsrplug.site import SiteSpec
+
+from ._gaussian_attention import Weighting, gaussian_attention
+
+
+class GaussianCrossFrameAttention(nn.Module):
+    """Refine one frame's feature with those of T frames (MANA eq. 1).
+
+    With Q = query(F), K = key(F') and V = value(F') of group-normalised features, G = exp(-d^2 / 2 sigma^2) of the
+    distance d in pixels, and for each of the T frames F' by itself,
+
+        X = (G softmax(Q K)) V,   F + W [X_1, ..., X_T]
+
+    The scores are not divided by sqrt(C'), and what the Gaussian takes from the softmax's sum is not made up for. The
+    softmax is the official code's: eq. 1 has none. W starts at zero, so that the module is the identity until trained.
+    No matrix of all pairs of pixels is made, forward or backward.
+
+    Args:
+        channels: width c of the features.
+        frames: T, frames of the clip; 7 in the paper.
+        embedding: C', width of query, key and value; half of `channels` unless given.
+        groups: groups of the normalisation; the official code's 32 where `channels` can be split so.
+        sigma: width of the Gaussian in pixels to start with; it is learned.
+        weighting: `"gaussian_of_softmax"`, the official code's; `"product"`, eq. 1 to the letter, G (Q K) V; or
+            `"softmax_of_gaussian"`, softmax(Q K + log G) V, whose weights sum to one and which is local, and so fast.
+        eps: pixels where G is below it are skipped, 0 skips none. By default 2**-24, the rounding of float32, and 1e-4
+            for `"softmax_of_gaussian"`, which makes most of its speed.
+        zero_init: start as the identity; False to train a network from scratch.
+
+    Shape:
+        query: (b, c, h, w), clip: (b, T, c, h, w) -> (b, c, h, w); any h and w.
+
+    Raises:
+        ValueError: channels that the groups do not divide, an unknown weighting, a sigma or eps out of range.
+    """
+
+    official_names: ClassVar[tuple[tuple[str, str], ...]] = (
+        (r"^phi\.", "query."),
+        (r"^theta\.", "key."),
+        (r"^g\.", "value."),
+        (r"^W_z\.", "output."),
+        (r"^std$", "sigma"),
+    )
+    # The table of distances, which is for one size, and the memory's own.
+    official_ignored: ClassVar[tuple[str, ...]] = ("D", "mb", r"W_z1\.(weight|bias)")
+
+    def __init__(
+        self,
+        channels: int,
+        frames: int = 7,
+        embedding: int | None = None,
+        groups: int = 32,
+        sigma: float = 4.0,
+        weighting: Weighting = "gaussian_of_softmax",
+        eps: float | None = None,
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f"channels={channels} cannot be normalised in groups={groups}; give groups that divide it")
+        if weighting not in get_args(Weighting):
+            raise ValueError(f"weighting is {weighting!r}; expected one of {', '.join(map(repr, get_args(Weighting)))}")
+        if frames < 1 or sigma <= 0:
+            raise ValueError(f"frames is one at least and sigma above zero, got frames={frames}, sigma={sigma}")
+        if eps is None:
+            eps = 1e-4 if weighting == "softmax_of_gaussian" else 2.0**-24
+        if not 0 <= eps < 1:
+            raise ValueError(f"eps is the least Gaussian weight that counts, from 0 (all do) to below 1, got {eps}")
+        embedding = embedding or channels // 2
+        self.frames = frames
+        self.weighting: Weighting = weighting
+        self.eps = eps
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # the official code's; torch's is 1e-5
+        self.query = nn.Conv2d(channels, embedding, 1)
+        self.key = nn.Conv2d(channels, embedding, 1)
+        self.value = nn.Conv2d(channels, embedding, 1)
+        self.sigma = nn.Parameter(torch.full((1,), float(sigma)))
+        self.output = nn.Conv2d(frames * embedding, channels, 1)
+        if zero_init:
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
+
+    def forward(self, query: Tensor, clip: Tensor) -> Tensor:
+        """The refined feature of one frame, (b, c, h, w).
+
+        Args:
+            query: (b, c, h, w), that frame's feature.
+            clip: (b, T, c, h, w), its own among them or not.
+
+        Raises:
+            ValueError: shapes that do not go together, or another number of frames than the module was made for.
+        """
+        if clip.ndim != 5 or query.shape != clip[:, 0].shape or clip.shape[1] != self.frames:
+            raise ValueError(
+                f"expected a query (b, c, h, w) and a clip (b, {self.frames}, c, h, w) of the same b, c, h and w, got "
+                f"{tuple(query.shape)} and {tuple(clip.shape)}; the number of frames is the constructor's `frames`"
+            )
+        return self._refine(query, self.norm(query), *self._embed(self._normalise(clip)), range(self.frames))
+
+    def refine_clip(self, clip: Tensor, centres: Sequence[int]) -> Tensor:
+        """The clip with some frames refined, each by the T around it; keys and values are computed once for all.
+
+        Beyond the ends of the clip the first and the last frame stand in, so any length will do.
+
+        Args:
+            clip: (b, t, c, h, w).
+            centres: the frames to refine, from 0 to t - 1.
+
+        Returns:
+            (b, t, c, h, w)
+
+        Raises:
+            ValueError: the module was made for an even number of frames, which has no centre.
+        """
+        check_centre(self.frames)
+        normalised, half, last = self._normalise(clip), self.frames // 2, clip.shape[1] - 1
+        keys, values = self._embed(normalised)
+        refined = list(clip.unbind(1))
+        for centre in centres:
+            window = [min(max(frame, 0), last) for frame in range(centre - half, centre + half + 1)]
+            refined[centre] = self._refine(clip[:, centre], normalised[:, centre], keys, values, window)
+        return torch.stack(refined, 1)
+
+    def _normalise(self, clip: Tensor) -> Tensor:
+        return self.norm(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+
+    def _embed(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all frames, each (b, t, c', h, w)."""
+        frames = normalised.flatten(0, 1)
+        shape = normalised.shape[:2]
+        return self.key(frames).unflatten(0, shape), self.value(frames).unflatten(0, shape)
+
+    def _refine(
+        self, feature: Tensor, normalised: Tensor, keys: Tensor, values: Tensor, window: Sequence[int]
+    ) -> Tensor:
+        """The feature refined by the frames `window` of keys and values, in that order; some may come twice."""
+        reach = slice(min(window), max(window) + 1)
+        query = self.query(normalised)
+        attended = gaussian_attention(query, keys[:, reach], values[:, reach], self.sigma, self.weighting, self.eps)
+        attended = torch.cat([attended[:, frame - reach.start] for frame in window], 1)
+        return feature + self.output(attended).to(feature.dtype)
+
+
+class GaussianCrossFrameAttentionPlugin(Plugin):
+    """A `GaussianCrossFrameAttention` at each site, which are clips.
+
+    In a window network, which restores the centre frame, that frame alone is refined; in a recurrent network every
+    frame is, by itself and (frames - 1) / 2 on either side. Beyond the ends of a clip its first and last frame stand
+    in, so one longer than the clip works, but has weights for nothing.
+
+    Args:
+        channels: width of the sites.
+        sites: where it goes; by default `features`, before any alignment, as in MANA, or else the `fused` clip of
+            recurrent networks.
+        frames: T, odd.
+        embedding, groups, sigma, weighting, eps, zero_init: as in `GaussianCrossFrameAttention`.
+
+    Raises:
+        ValueError: an even number of frames, or what `GaussianCrossFrameAttention` refuses.
+    """
+
+    default_sites: ClassVar[tuple[str, ...]] = ("features", "fused")
+    kinds = ("clip",)
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        sites: Sequence[str] | None = None,
+        frames: int = 7,
+        embedding: int | None = None,
+        groups: int = 32,
+        sigma: float = 4.0,
+        weighting: Weighting = "gaussian_of_softmax",
+        eps: float | None = None,
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__(channels, sites=sites)
+        check_centre(frames)
+        self.at = nn.ModuleDict(
+            {
+                site: GaussianCrossFrameAttention(channels, frames, embedding, groups, sigma, weighting, eps, zero_init)
+                for site in self.sites
+            }
+        )
+
+    def choose_sites(self, known: Mapping[str, SiteSpec]) -> tuple[str, ...]:
+        """The first of the default sites that is a clip here."""
+        return tuple(site for site in super().choose_sites(known) if known[site].kind == "clip")[:1]
+
+    def forward(self, feature: Tensor, context: Context, *, site: str, t: int | None = None, **given: Any) -> Tensor:
+        """Refine a clip (b, t, c, h, w): its centre frame in a window network, else all its frames."""
+        count = feature.shape[1]
+        attention: GaussianCrossFrameAttention = self.at[site]  # type: ignore[assignment]
+        return attention.refine_clip(feature, range(count) if context.window is None else [count // 2])
+
+
+def check_centre(frames: int) -> None:
+    """Raise ValueError for a number of frames that has no centre."""
+    if frames % 2 == 0:
+        raise ValueError(f"frames must be odd, a centre and as many on either side, got {frames}")
