@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 import vsrplug.conf
-from vsrplug.degradations import BD, BDDUF, BI
+from vsrplug.degradations import BD, BDDUF, BI, imresize
+from vsrplug.evaluation import evaluate
 from vsrplug.protocols import Protocol
 
 NAMES = sorted(file.stem for file in (Path(vsrplug.conf.__path__[0]) / "protocol").glob("*.yaml"))
@@ -56,14 +57,18 @@ def test_the_protocols_of_this_issue_are_there() -> None:
 def test_a_protocol_is_called_what_its_file_is_called(name: str) -> None:
     """The name says data, degradation and colour; the yaml must say the same."""
     cfg = compose_protocol(name)
-    *source, colour = name.split("_")
+    source, *middle, colour = name.split("_")
     assert cfg.name == name
     assert cfg.colour == colour
     assert cfg._target_ == "vsrplug.protocols.Protocol"
     short = {"BI": "bi", "BD": "bd", "BDDUF": "bd_duf"}[cfg.degradation._target_.rsplit(".")[-1]]
-    assert "_".join(source[1:]) == short
-    assert cfg.clips._target_.rsplit(".")[-1] == {"demo": "DemoClips"}.get(source[0], source[0])
-    assert (cfg.border, cfg.skip_frames) == (0, 2 if short == "bd_duf" else 0)
+    motion = cfg.clips.get("motion", "all")
+    assert "_".join(middle) == (short if motion == "all" else f"{motion}_{short}")
+    assert cfg.clips._target_.rsplit(".")[-1] == {"demo": "DemoClips", "reds4": "reds"}.get(source, source)
+    assert cfg.clips.get("split", "test") == "test"
+    septuplets = source == "vimeo90k"  # the fourth frame of seven, which the model sees with their mirror image
+    assert (cfg.border, cfg.skip_frames) == (0, 3 if septuplets else 2 if short == "bd_duf" else 0)
+    assert cfg.mirror == septuplets
 
 
 @pytest.mark.parametrize(("name", "degradation"), [("vid4_bd_y", BD(4)), ("vid4_bd_duf_y", BDDUF(4))])
@@ -74,6 +79,25 @@ def test_vid4_protocols_are_built_from_the_data_folder(name: str, degradation: o
     assert isinstance(protocol, Protocol)
     assert [clip.name for clip in protocol.clips] == ["calendar", "city", "foliage", "walk"]
     assert protocol.degradation == degradation
+
+
+def test_a_septuplet_is_measured_on_its_fourth_frame_seen_with_its_mirror_image(tmp_path: Path) -> None:
+    write_clip(tmp_path / "vimeo90k" / "sequences" / "00001" / "0001", 7)
+    (tmp_path / "vimeo90k" / "sep_testlist.txt").write_text("00001/0001\n")
+    protocol = instantiate(compose_protocol("vimeo90k_bi_y", f"paths.data={tmp_path}"))
+    assert [clip.name for clip in protocol.clips] == ["00001/0001"]
+    seen: list[Tensor] = []
+
+    class OnlyTheFourth(torch.nn.Module):
+        def forward(self, frames: Tensor) -> Tensor:
+            seen.append(frames)
+            sr = imresize(frames, 4)
+            sr[:, [0, 1, 2, *range(4, 14)]] = 0  # none of these may count
+            return sr
+
+    assert evaluate(OnlyTheFourth(), protocol, progress=False).psnr > 50
+    assert seen[0].shape == (1, 14, 3, 3, 4)
+    assert torch.equal(seen[0], seen[0].flip(1))
 
 
 def test_folder_protocols_take_a_root(tmp_path: Path) -> None:

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from vsrplug.data.transforms import Box, Pose, Sample, crop, flip_horizontal, flip_vertical, reverse_time, transpose
+from vsrplug.data.transforms import (
+    Box,
+    Pose,
+    Sample,
+    crop,
+    flip_horizontal,
+    flip_vertical,
+    mirror_time,
+    reverse_time,
+    transpose,
+)
 
 STEPS = (flip_horizontal, flip_vertical, transpose, reverse_time)
 T, H, W, SCALE = 4, 7, 9, 2
@@ -59,6 +69,18 @@ def test_warping_the_moved_frames_by_the_moved_flows_is_moving_the_warped_frames
     found = warped(moved)
     torch.testing.assert_close(found["before"], expected["before"], rtol=0, atol=1e-12)
     torch.testing.assert_close(found["after"], expected["after"], rtol=0, atol=1e-12)
+
+
+def test_a_mirrored_clip_begins_with_the_clip_and_is_its_own_reversal() -> None:
+    given, found = sample(), mirror_time(sample())
+    back = reverse_time(found)
+    assert found["name"] == "a clip"
+    for key in given.keys() - {"name"}:
+        flow = key.startswith("flow_")
+        assert len(found[key]) == 2 * T - flow
+        assert torch.equal(found[key][: T - flow], given[key])
+        assert torch.equal(found[key], back[key])
+        assert not flow or not found[key][T - 1].any()  # the last frame is followed by itself
 
 
 @pytest.mark.parametrize("seed", range(6))
