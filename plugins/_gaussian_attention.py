@@ -113,7 +113,7 @@ def _flex_attention() -> Callable[..., tuple[Tensor, Tensor]]:
     """FlexAttention, compiled: on its own it would make the matrix of all scores."""
     from torch.nn.attention import flex_attention as flex
 
-    compiled = torch.compile(flex.flex_attention)
+    compiled: Callable[..., Any] = torch.compile(flex.flex_attention)
     if not hasattr(flex, "AuxRequest"):  # before PyTorch 2.9
         return functools.partial(compiled, return_lse=True)
 

@@ -35,12 +35,13 @@ class Tile(NamedTuple):
     squared: Tensor  # (n, near keys), squares of distances
 
     def of(self, image: Tensor) -> Tensor:
-        """Its part of (..., h, w, c), as (..., n, c)."""
-        return image[..., self.rows, self.columns, :].flatten(-3, -2)
+        """Its part of (h, w, c), as (n, c)."""
+        return image[self.rows, self.columns].flatten(0, 1)
 
-    def into(self, image: Tensor) -> Tensor:
-        """Its place in (..., h, w, c), to write to."""
-        return image[..., self.rows, self.columns, :]
+    def put(self, image: Tensor, part: Tensor) -> None:
+        """Write (n, c) to its place in (h, w, c)."""
+        place = image[self.rows, self.columns]
+        place.copy_(part.view_as(place))
 
     def table(self, sigma: Tensor, weighting: str) -> Tensor:
         """G of every query and near key, or its logarithm to base 2 where that is added to the scores."""
@@ -49,12 +50,11 @@ class Tile(NamedTuple):
 
     def blocks(self, keys: Tensor, weighting: str) -> Iterator[tuple[slice, slice | None]]:
         """The near keys in blocks, each with its columns of `table`, then all others where the softmax needs them."""
-        t, count, _ = keys.shape
-        size = max(1, sizes(keys.device)[2] // (t * len(self.squared)))
+        size = max(1, sizes(keys.device)[2] // len(self.squared))
         for start in range(self.near.start, self.near.stop, size):
             stop = min(start + size, self.near.stop)
             yield slice(start, stop), slice(start - self.near.start, stop - self.near.start)
-        for first, last in ((0, self.near.start), (self.near.stop, count)):
+        for first, last in ((0, self.near.start), (self.near.stop, len(keys))):
             for start in range(first, last, size) if weighting == "gaussian_of_softmax" else ():
                 yield slice(start, min(start + size, last)), None
 
@@ -63,6 +63,8 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, sigma: Tensor, weighting: str, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`gaussian_attention` on pixels-last tensors.
+
+    Frames are taken one at a time: as a batch of matrices, 7 would be dealt to 2 threads as 4 and 3.
 
     Returns:
         The result (b, t, h, w, c'), and the logarithm to base 2 of what the softmax divides by, (b, t, h, w, 1).
@@ -73,62 +75,58 @@ def forward(
     with torch.autocast(query.device.type, enabled=False):
         for i, columns, reach in _strips(key, sigma, eps):
             keys, values = _in_order(key[i], reach, everything), _in_order(value[i], reach, False)
-            sample = keys[:, :: -(-keys.shape[1] // SAMPLE)]
             for tile in _tiles(key, columns, reach, sigma, eps):
-                q = tile.of(scaled[i])
-                # A softmax is the same whatever is subtracted from all scores, as long as its sum stays within the
-                # range of the dtype. The largest score would take one more pass over all of them; any one of them keeps
-                # the sum from vanishing, so a likely one is tried first.
-                if weighting == "gaussian_of_softmax":
-                    offset = (q @ sample.mT).amax(-1, keepdim=True)
-                elif weighting == "softmax_of_gaussian":
-                    offset = (q * tile.of(key[i])).sum(-1, keepdim=True)  # the query's own place, where G is one
-                else:
-                    offset = lse.new_zeros(())
-                weighted, total = _attend(q, keys, values, offset, tile, sigma, weighting)
-                if not total.max() < OVERFLOW:
-                    offset = _largest(q, keys, tile, sigma, weighting)
-                    weighted, total = _attend(q, keys, values, offset, tile, sigma, weighting)
-                place = tile.into(out[i])
-                place.copy_((weighted / total).view_as(place))
-                place = tile.into(lse[i])
-                place.copy_((total.log2() + offset).view_as(place))
+                table = tile.table(sigma, weighting)
+                for t in range(key.shape[1]):
+                    q, offset = tile.of(scaled[i]), lse.new_zeros(())
+                    # A softmax is the same whatever is subtracted from all scores, as long as its sum stays within the
+                    # range of the dtype. The largest score would take one more pass over all of them; any one of them
+                    # keeps the sum from vanishing, so a likely one is tried first.
+                    if weighting == "gaussian_of_softmax":
+                        offset = (q @ keys[t, :: -(-keys.shape[1] // SAMPLE)].T).amax(-1, keepdim=True)
+                    elif weighting == "softmax_of_gaussian":
+                        offset = (q * tile.of(key[i, t])).sum(-1, keepdim=True)  # the query's own place: there G is one
+                    weighted, total = _attend(q, keys[t], values[t], offset, tile, table, weighting)
+                    if not total.max() < OVERFLOW:
+                        offset = _largest(q, keys[t], tile, table, weighting)
+                        weighted, total = _attend(q, keys[t], values[t], offset, tile, table, weighting)
+                    tile.put(out[i, t], weighted / total)
+                    tile.put(lse[i, t], total.log2() + offset)
     return out, lse
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, offset: Tensor, tile: Tile, sigma: Tensor, weighting: str
+    query: Tensor, keys: Tensor, values: Tensor, offset: Tensor, tile: Tile, table: Tensor, weighting: str
 ) -> tuple[Tensor, Tensor]:
-    """The sum of weights times values (t, n, c'), and what the softmax divides it by (t, n, 1)."""
-    t, n = len(keys), len(query)
-    weighted, table = values.new_zeros(t, n, values.shape[-1]), tile.table(sigma, weighting)
-    total = keys.new_full((t, n, 1), float(weighting == "product"))
+    """The sum of weights times values (n, c'), and what the softmax divides it by (n, 1)."""
+    weighted = values.new_zeros(len(query), values.shape[-1])
+    total = keys.new_full((len(query), 1), float(weighting == "product"))
     for block, near in tile.blocks(keys, weighting):
-        weights = _before_gaussian(query, keys[:, block], offset, table, near, weighting)
+        weights = _before_gaussian(query, keys[block], offset, table, near, weighting)
         if weighting != "product":
             total += weights.sum(-1, keepdim=True)
         if near is not None:
             if weighting != "softmax_of_gaussian":
                 weights *= table[:, near]
-            weighted.baddbmm_(weights, values[:, block])
+            weighted.addmm_(weights, values[block])
     return weighted, total
 
 
 def _before_gaussian(
     query: Tensor, keys: Tensor, offset: Tensor, table: Tensor, near: slice | None, weighting: str
 ) -> Tensor:
-    """What is summed by the softmax, relative to 2**offset, or for a product the scores: (t, n, m)."""
-    weights = torch.baddbmm(-offset, query.expand(len(keys), -1, -1), keys.mT)
+    """What is summed by the softmax, relative to 2**offset, or for a product the scores: (n, m)."""
+    weights = torch.addmm(-offset, query, keys.T)
     if weighting == "softmax_of_gaussian":
         weights += table[:, near]
     return weights if weighting == "product" else weights.exp2_()
 
 
-def _largest(query: Tensor, keys: Tensor, tile: Tile, sigma: Tensor, weighting: str) -> Tensor:
-    """The largest score of each query, (t, n, 1)."""
-    largest, table = keys.new_full((), -math.inf), tile.table(sigma, weighting)
+def _largest(query: Tensor, keys: Tensor, tile: Tile, table: Tensor, weighting: str) -> Tensor:
+    """The largest score of each query, (n, 1)."""
+    largest = keys.new_full((), -math.inf)
     for block, near in tile.blocks(keys, weighting):
-        scores = query @ keys[:, block].mT
+        scores = query @ keys[block].T
         if weighting == "softmax_of_gaussian":
             scores += table[:, near]
         largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
@@ -164,31 +162,30 @@ def backward(
             keys, values = _in_order(key[i], reach, everything), _in_order(value[i], reach, False)
             dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
             for tile in _tiles(key, columns, reach, sigma, eps):
-                table, offset, d, g = tile.table(sigma, weighting), tile.of(lse[i]), tile.of(drop[i]), tile.of(grad[i])
-                q = tile.of(query[i]).expand(len(keys), -1, -1)
-                dq = torch.zeros_like(q)
-                for block, near in tile.blocks(keys, weighting):
-                    weights = _before_gaussian(tile.of(scaled[i]), keys[:, block], offset, table, near, weighting)
-                    if near is None:
-                        dscores = weights.mul_(-d)
-                    else:
-                        dweights = g @ values[:, block].mT
-                        if weighting == "softmax_of_gaussian":
-                            dweights -= d
-                            dvalues[:, block].baddbmm_(weights.mT, g)
+                table, q, dq = tile.table(sigma, weighting), tile.of(query[i]), torch.zeros_like(tile.of(query[i]))
+                for t in range(key.shape[1]):
+                    offset, g, d = tile.of(lse[i, t]), tile.of(grad[i, t]), tile.of(drop[i, t])
+                    for block, near in tile.blocks(keys[t], weighting):
+                        weights = _before_gaussian(tile.of(scaled[i]), keys[t, block], offset, table, near, weighting)
+                        if near is None:
+                            dscores = weights.mul_(-d)
                         else:
-                            dweights *= table[:, near]
-                            dvalues[:, block].baddbmm_((weights * table[:, near]).mT, g)
-                        dlog = weights * dweights
-                        moment += (dlog * tile.squared[:, near]).sum(dtype=torch.float64)
-                        if weighting == "gaussian_of_softmax":
-                            dscores = dlog.sub_(weights.mul_(d))
-                        else:
-                            dscores = dweights if weighting == "product" else dlog
-                    dq.baddbmm_(dscores, keys[:, block])
-                    dkeys[:, block].baddbmm_(dscores.mT, q)
-                place = tile.into(dquery[i])
-                place.copy_(dq.sum(0).view_as(place))
+                            dweights = g @ values[t, block].T
+                            if weighting == "softmax_of_gaussian":
+                                dweights -= d
+                                dvalues[t, block].addmm_(weights.T, g)
+                            else:
+                                dweights *= table[:, near]
+                                dvalues[t, block].addmm_((weights * table[:, near]).T, g)
+                            dlog = weights * dweights
+                            moment += (dlog * tile.squared[:, near]).sum()
+                            if weighting == "gaussian_of_softmax":
+                                dscores = dlog.sub_(weights.mul_(d))
+                            else:
+                                dscores = dweights if weighting == "product" else dlog
+                        dq.addmm_(dscores, keys[t, block])
+                        dkeys[t, block].addmm_(dscores.T, q)
+                tile.put(dquery[i], dq)
             _add_in_order(dkey[i], reach, everything, dkeys)
             _add_in_order(dvalue[i], reach, False, dvalues)
     dsigma = moment / _positive(sigma).double() ** 3 * sigma.sign()

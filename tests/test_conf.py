@@ -38,6 +38,7 @@ GIVEN_LATER = {
     "vsrplug.losses.l1": {"sr", "hr"},
     "vsrplug.plugins.EFSTPlugin": {"channels"},
     "vsrplug.plugins.FlowGuidedDeformableAlignmentPlugin": {"channels"},
+    "vsrplug.plugins.GaussianCrossFrameAttentionPlugin": {"channels"},
     "vsrplug.plugins.ImageCleaningPlugin": {"channels"},
     "vsrplug.plugins.LatentAttentionPlugin": {"channels"},
     "vsrplug.plugins.MemoryBankPlugin": {"channels"},

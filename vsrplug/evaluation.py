@@ -105,7 +105,7 @@ def evaluate(
 
     Args:
         model: lr (1, t, 3, h, w) in [0, 1] -> sr (1, t, 3, s h, s w).
-        protocol: clips, degradation, colour, border, skipped frames.
+        protocol: clips, degradation, colour, border, skipped frames, mirror.
         masks: makes object masks, lr (t, 3, h, w) -> (t, m, h, w). Where given, the model is called with a `Context`.
         device: where to run; the model is moved there. None: where its parameters are.
         progress: show a bar on stderr.
@@ -142,7 +142,8 @@ def evaluate(
         for clip in protocol.clips:
             bar.update(task, description=f"{protocol.name}: {clip.name}")
             hr = _read(clip, protocol.degradation.scale)
-            sr = _super_resolve(model, protocol.degradation(hr), masks, device)
+            lr = protocol.degradation(hr)
+            sr = restore(model, lr, None if masks is None else masks(lr), mirror=protocol.mirror, device=device)
             _check_output(sr, hr, clip.name)
             sr, hr = to_uint8(sr), to_uint8(hr.to(device))
             clips[clip.name] = score(sr, hr, protocol)
@@ -156,6 +157,36 @@ def evaluate(
     if reason is not None:  # a mean over some of the clips would be another protocol's
         clips = {name: {k: v for k, v in figures.items() if k != "lpips"} for name, figures in clips.items()}
     return Report(protocol.name, clips, reason, time.perf_counter() - start)
+
+
+def restore(
+    model: nn.Module,
+    lr: Tensor,
+    masks: Tensor | None = None,
+    *,
+    mirror: bool = False,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Super-resolve one clip as a protocol has it.
+
+    Args:
+        model: lr (1, t, 3, h, w) -> sr (1, t, 3, s h, s w).
+        lr: (t, 3, h, w) in [0, 1].
+        masks: object masks (t, m, h, w), or None. Where given, the model is called with a `Context`.
+        mirror: the model sees 2 t frames, the clip and then the clip in reverse.
+        device: where the model is; None: where `lr` is.
+
+    Returns:
+        sr (t, 3, s h, s w), on that device.
+    """
+    device = lr.device if device is None else device
+
+    def given(clip: Tensor) -> Tensor:
+        return (torch.cat([clip, clip.flip(0)]) if mirror else clip)[None].to(device)
+
+    frames = given(lr)
+    sr = model(frames) if masks is None else model(frames, Context(frames, masks=given(masks)))
+    return sr[0, : len(lr)] if mirror else sr[0]
 
 
 def score(sr: Tensor, hr: Tensor, protocol: Protocol) -> dict[str, float]:
@@ -185,14 +216,6 @@ def _read(clip: Clip, scale: int) -> Tensor:
     if not frames:
         raise ValueError(f"clip {clip.name!r} has no frames")
     return torch.stack(frames)
-
-
-def _super_resolve(model: nn.Module, lr: Tensor, masks: MaskSource | None, device: torch.device | str) -> Tensor:
-    """lr (t, 3, h, w) -> sr (t, 3, s h, s w)."""
-    frames = lr[None].to(device)
-    if masks is None:
-        return model(frames)[0]
-    return model(frames, Context(frames, masks=masks(lr)[None].to(device)))[0]
 
 
 def _check_output(sr: Tensor, hr: Tensor, name: str) -> None:

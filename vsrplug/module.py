@@ -11,7 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vsrplug.context import Context, Flows
-from vsrplug.evaluation import score
+from vsrplug.evaluation import restore, score
 from vsrplug.losses import charbonnier, end_point_error
 from vsrplug.plugged import PluggedModel
 from vsrplug.protocols import Protocol
@@ -109,8 +109,8 @@ class VSRModule(LightningModule):
         """PSNR and SSIM of one whole clip, under the validation protocol's definitions; returns `{"sr": ...}`."""
         if self.validation is None:
             return None
-        masks = batch.get("masks")
-        sr = clip_network(self.model)(batch["lr"], Context(batch["lr"], masks=masks))
+        masks = None if batch.get("masks") is None else batch["masks"][0]
+        sr = restore(clip_network(self.model), batch["lr"][0], masks, mirror=self.validation.mirror)[None]
         scores = score(sr[0], batch["hr"][0], self.validation)
         # One clip a batch, so the mean over batches is the protocol's mean over clips.
         named = {f"val/{self.validation.name}/{metric}": value for metric, value in scores.items()}

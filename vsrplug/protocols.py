@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class Protocol:
     """How a figure is measured; `conf/protocol/*.yaml` are calls of this constructor.
 
-    A model sees every frame of a clip. Its output is clipped and rounded to 8 bits, then measured frame by frame; a
-    clip's figure is the mean over its frames, the protocol's figure the mean over its clips.
+    A model sees every frame of a clip (with `mirror`, then the same in reverse). Its output is clipped and rounded to
+    8 bits, then measured frame by frame; a clip's figure is the mean over its frames, the protocol's figure the mean
+    over its clips.
 
     Args:
         name: what tables and `metrics.json` call it, for instance `"vid4_bi_y"`.
@@ -27,6 +28,8 @@ class Protocol:
         colour: `"rgb"`, or `"y"` for BT.601 luma.
         border: pixels left out of the metrics on each side.
         skip_frames: frames left out of the metrics at each end of a clip.
+        mirror: the model sees the clip followed by itself in reverse, 2 t frames, and its first t are measured. On
+            Vimeo-90K's seven frames recurrent networks are evaluated so.
 
     Raises:
         ValueError: no clips, unknown colour, negative border or skip_frames, a clip that skip_frames leaves nothing of.
@@ -38,6 +41,7 @@ class Protocol:
     colour: Colour
     border: int = 0
     skip_frames: int = 0
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         try:

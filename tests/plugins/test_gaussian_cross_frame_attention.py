@@ -228,6 +228,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, score_mod: Any = None, block_mask: An
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("weighting", ["gaussian_of_softmax", "softmax_of_gaussian"])
 def test_the_way_of_the_gpu(weighting: Any) -> None:
     """Its formula and gradients; then FlexAttention's own evaluation of it, which on a CPU has no gradient."""

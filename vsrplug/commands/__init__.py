@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "tune plug-ins on a backbone, evaluate, and save weights, figures and a picture",
     "evaluate": "measure a backbone, with or without plug-ins, under a named protocol",
     "upscale": "super-resolve a video file or a folder of frames",
+    "masks": "make the object masks of clips once, for training to read",
     "describe": "print sites, plug-ins, trainable and frozen parameters",
     "demo": "two minutes: tune plug-ins on the embedded clips, compare, detach",
 }

@@ -19,14 +19,24 @@ import hydra
 import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from vsrplug import conf
+from vsrplug.masks.errors import MasksError
 from vsrplug.plugged import PluggedModel, attach
 from vsrplug.plugin_files import load_plugins
 from vsrplug.site import unknown_name
 
-KnownError = (ValueError, TypeError, KeyError, OSError, RuntimeError, HydraException, OmegaConfBaseException)
+KnownError = (
+    ValueError,
+    TypeError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    ImportError,
+    HydraException,
+    OmegaConfBaseException,
+)
 LISTS = ("callbacks", "logger", "plugins")  # groups whose entries are constructor calls, under names of choice
 READ_BY_NAME = ("losses", "optim", "paths")  # groups that are no constructor calls: their keys are read one by one
 
@@ -47,7 +57,7 @@ def command(config: str, run: Callable[[DictConfig], Any]) -> None:
         except KnownError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            raise SystemExit(f"vsrplug {config}: {describe_error(error)}") from None
+            raise SystemExit(f"vsrplug {config}: {describe_error(error)}{_remedy(cfg, error)}") from None
         finally:
             del sys.argv[1]
 
@@ -69,12 +79,29 @@ def describe_error(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has to be given: {error.full_key}=..."
+    if isinstance(error, InterpolationToMissingValueError):
+        key = str(error).splitlines()[0].rpartition(" ")[2]
+        return f"{key} has to be given: {key}=..."
     if isinstance(error, OmegaConfBaseException):
         return str(error).splitlines()[0]
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError, ImportError)):
         return str(error)
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return f"{message} (HYDRA_FULL_ERROR=1 shows where)"  # it may be a mistake in somebody's code
+
+
+def _remedy(cfg: DictConfig, error: BaseException) -> str:
+    """The commands that make the masks that are missing, where that is the error."""
+    while error.__cause__ is not None and isinstance(error, HydraException):
+        error = error.__cause__
+    if not isinstance(error, MasksError) or "folder" not in (cfg.get("masks") or {}):
+        return ""
+    from hydra.core.hydra_config import HydraConfig
+
+    from vsrplug.commands.mask_commands import commands_for
+
+    chosen = {str(group): str(option) for group, option in HydraConfig.get().runtime.choices.items()}
+    return ": " + " && ".join(commands_for(cfg, chosen))
 
 
 def check_keys(cfg: DictConfig, config: str) -> None:

@@ -13,9 +13,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vsrplug.commands import build
-from vsrplug.context import Context
 from vsrplug.degradations import crop_to_multiple
-from vsrplug.evaluation import Report, eval_mode, evaluate
+from vsrplug.evaluation import Report, eval_mode, evaluate, restore
 from vsrplug.metrics import psnr
 from vsrplug.module import clip_network
 from vsrplug.pictures import comparison, save_picture
@@ -106,7 +105,7 @@ def picture(
     frames = {"low resolution": nn.functional.interpolate(lr, scale_factor=scale, mode="nearest")[middle]}
     with torch.inference_mode():
         for name, (network, masks) in networks.items():
-            frames[name] = _restore(network, lr, masks)[middle]
+            frames[name] = _restore(network, lr, masks, protocol.mirror)[middle]
     frames["ground truth"] = hr[middle]
     captions = {
         name: f"{psnr(frames[name][None], hr[middle][None], protocol.colour).item():.2f} dB" for name in networks
@@ -114,8 +113,8 @@ def picture(
     save_picture(comparison(frames, captions), path)
 
 
-def _restore(network: nn.Module, lr: Tensor, masks: Any) -> Tensor:
-    clip = lr[None].to(next((p.device for p in network.parameters()), torch.device("cpu")))
-    context = Context(clip, masks=None if masks is None else masks(lr)[None].to(clip))
+def _restore(network: nn.Module, lr: Tensor, masks: Any, mirror: bool) -> Tensor:
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    given = None if masks is None else masks(lr)
     with eval_mode(network):
-        return clip_network(network)(clip, context)[0].clamp(0, 1).cpu()
+        return restore(clip_network(network), lr, given, mirror=mirror, device=device).clamp(0, 1).cpu()

@@ -11,8 +11,9 @@ from torch import Tensor
 class Clip(Protocol):
     """A short video. A data source is a `Sequence` of these.
 
-    Two more attributes are used where a clip has them: `pixels`, (t, 3, H, W) uint8, when the whole clip lies in memory
-    (windows are then cut without decoding), and `flows(scale) -> Flows`, the true motion at 1 / scale of the size.
+    Three more attributes are used where a clip has them: `size`, height and width of its frames, known without decoding
+    one; `pixels`, (t, 3, H, W) uint8, when the whole clip lies in memory (windows are then cut without decoding); and
+    `flows(scale) -> Flows`, the true motion at 1 / scale of the size.
     """
 
     @property

@@ -15,6 +15,8 @@ from vsrplug.data.mask_cache import MaskCache
 from vsrplug.data.training import Degradation, TrainingClips
 from vsrplug.data.transforms import Box, Sample
 from vsrplug.degradations import crop_to_multiple
+from vsrplug.masks.cached import CachedMasks
+from vsrplug.masks.words import unpack
 
 if TYPE_CHECKING:
     from vsrplug.protocols import Protocol
@@ -33,12 +35,14 @@ class VSRDataModule(LightningDataModule):
     Args:
         clips: where training windows are cut.
         degradation: HR (t, 3, s h, s w) -> LR (t, 3, h, w), with `.scale`.
-        masks: mask source, LR frames (t, 3, h, w) -> (t, m, h, w), or None.
+        masks: mask source, LR frames (t, 3, h, w) -> (t, m, h, w), or None. Those of `CachedMasks` travel as one word a
+            pixel and are unpacked on the device.
         frames: frames of a training window.
         patch: side of the training crops, in LR pixels.
         batch_size: samples of a training batch, on each device.
         workers: loader processes; the samples do not depend on it.
         augment: flip, turn and reverse training windows at random.
+        mirror: give every training window followed by itself in reverse, twice its frames.
         seed: which sequence of training samples.
         validation: whose clips and degradation `val_dataloader` gives, one whole clip at a time, or None.
     """
@@ -54,14 +58,16 @@ class VSRDataModule(LightningDataModule):
         batch_size: int = 4,
         workers: int = 0,
         augment: bool = True,
+        mirror: bool = False,
         seed: int = 0,
         validation: Protocol | None = None,
     ) -> None:
         super().__init__()
         self.samples = TrainingClips(
-            clips, degradation, frames=frames, patch=patch, masks=masks, augment=augment, seed=seed
+            clips, degradation, frames=frames, patch=patch, masks=masks, augment=augment, mirror=mirror, seed=seed
         )
         self.validation = None if validation is None else WholeClips(validation.clips, validation.degradation, masks)
+        self.masks = masks
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
@@ -81,6 +87,12 @@ class VSRDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """Whole clips of the validation protocol, batch 1: `lr`, `hr`, `name` and, with a mask source, `masks`."""
         return [] if self.validation is None else self._loader(self.validation, batch_size=1)
+
+    def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
+        """Unpack words of masks, (b, t, h, w), on the device: `masks` (b, t, m, h, w), float32, 0 or 1."""
+        if isinstance(self.masks, CachedMasks) and "mask_words" in batch:
+            batch["masks"] = unpack(batch.pop("mask_words"), self.masks.count).float()
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         """`samples`: how many were used on all devices together; `step`: the optimizer step at which that was so."""
@@ -117,7 +129,11 @@ class WholeClips(Dataset[Sample]):
     ) -> None:
         self.clips = clips
         self.degradation = degradation
-        self._masks = None if masks is None else MaskCache(clips, masks, lambda clip: self._pair(clip)[0])
+        self._masks: MaskCache | CachedMasks | None = None
+        if isinstance(masks, CachedMasks):
+            self._masks = masks
+        elif masks is not None:
+            self._masks = MaskCache(clips, masks, lambda clip: self._pair(clip)[0])
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -126,7 +142,9 @@ class WholeClips(Dataset[Sample]):
         clip = self.clips[index]
         lr, hr = self._pair(clip)
         sample: Sample = {"lr": lr, "hr": hr, "name": clip.name}
-        if self._masks is not None:
+        if isinstance(self._masks, CachedMasks):
+            sample["masks"] = self._masks(lr)
+        elif self._masks is not None:
             sample["masks"] = self._masks.window(index, 0, len(clip), Box(0, 0, *lr.shape[-2:]))
         return sample
 

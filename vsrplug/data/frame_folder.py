@@ -23,9 +23,10 @@ class FrameFolder:
 
     Args:
         path: the folder. Hidden files and files that are no images are left out.
+        name: what the clip is called; the folder's name unless given.
 
     Attributes:
-        name: the folder's name.
+        name: as above.
         files: the frames' paths.
 
     Raises:
@@ -34,11 +35,11 @@ class FrameFolder:
             the first frame's size. The message names the file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"there is no folder {path}")
-        self.name = path.resolve().name
+        self.name = name or path.resolve().name
         self.files = sorted((file for file in path.iterdir() if is_image(file)), key=in_order)
         if not self.files:
             raise ValueError(f"folder {path} holds no images; expected files ending in {', '.join(sorted(IMAGES))}")

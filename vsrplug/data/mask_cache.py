@@ -27,6 +27,8 @@ class MaskCache:
         low_resolution: a clip -> its LR frames (t, 3, h, w).
     """
 
+    key = "masks"  # of a sample
+
     def __init__(
         self, clips: Sequence[Clip], source: Callable[[Tensor], Tensor], low_resolution: Callable[[Clip], Tensor]
     ) -> None:

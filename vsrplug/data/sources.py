@@ -20,7 +20,7 @@ def folder(root: str | Path) -> list[Clip]:
         FileNotFoundError: there is no folder `root`.
         ValueError: it is empty, holds frames beside clips, or two clips have one name.
     """
-    root = _existing(root)
+    root = existing_folder(root)
     inside = sorted((path for path in root.iterdir() if not path.name.startswith(".")), key=in_order)
     images = [path for path in inside if is_image(path)]
     clips = [path for path in inside if path.is_dir() or is_video(path)]
@@ -61,7 +61,7 @@ def vid4(root: str | Path) -> list[Clip]:
         FileNotFoundError: there is no folder `root`.
         ValueError: a clip or a frame is missing or left over.
     """
-    root = _existing(root)
+    root = existing_folder(root)
     clips: list[Clip] = []
     for name, count in _VID4.items():
         frames = root / "GT" / name
@@ -75,7 +75,7 @@ def vid4(root: str | Path) -> list[Clip]:
     return clips
 
 
-def _existing(root: str | Path) -> Path:
+def existing_folder(root: str | Path) -> Path:
     """The folder, or an error that says where folders come from."""
     root = Path(root)
     if not root.is_dir():

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from vsrplug.data.clip import Clip
 from vsrplug.data.mask_cache import MaskCache
-from vsrplug.data.transforms import Box, Pose, Sample, crop
+from vsrplug.data.transforms import Box, Pose, Sample, crop, mirror_time
 from vsrplug.degradations import crop_to_multiple
+from vsrplug.masks.cached import CachedMasks, ClipMasks
 
 _MARGIN = 16  # HR pixels around a crop that are degraded with it and then cut off: more than any kernel reaches
 
@@ -48,13 +49,17 @@ class TrainingClips(Dataset[Sample]):
         frames: `t`.
         patch: side of the crop in LR pixels.
         masks: mask source, LR frames (t, 3, h, w) -> (t, m, h, w); it sees whole LR frames of whole clips, once each.
+            `CachedMasks` is read from its files, the crop only.
         augment: flip, turn and reverse at random.
+        mirror: give every window followed by itself in reverse, 2 t frames (BasicSR's `flip_sequence`, with which
+            recurrent networks are trained on Vimeo-90K's seven frames).
         seed: another seed is another sequence of samples.
 
     Returns (of `[k]`):
         `"lr"` (t, 3, patch, patch), `"hr"` (t, 3, s patch, s patch), float32 in [0, 1]; `"name"`, the clip's;
-        `"masks"` (t, m, patch, patch) where a mask source is given; `"flow_backward"` and `"flow_forward"`
-        (t-1, 2, patch, patch) in LR pixels where the clip knows its flows.
+        `"masks"` (t, m, patch, patch) where a mask source is given, or, from `CachedMasks`, `"mask_words"`
+        (t, patch, patch) int64, for `vsrplug.masks.unpack`; `"flow_backward"` and `"flow_forward"`
+        (t-1, 2, patch, patch) in LR pixels where the clip knows its flows. With `mirror`, t is 2 `frames`.
 
     Raises:
         ValueError: there are no clips, a clip is shorter than `frames`, or `patch` is larger than a clip's frames.
@@ -69,10 +74,15 @@ class TrainingClips(Dataset[Sample]):
         patch: int = 64,
         masks: Callable[[Tensor], Tensor] | None = None,
         augment: bool = True,
+        mirror: bool = False,
         seed: int = 0,
     ) -> None:
         if not len(clips):
             raise ValueError("there are no clips to train on: the data source is empty")
+        if degradation is None:
+            raise ValueError(
+                "training needs a degradation, which makes the low resolution: degradation=bi, for instance"
+            )
         if frames < 1 or patch < 1:
             raise ValueError(f"frames and patch are counts of at least 1, got frames={frames}, patch={patch}")
         self.clips = clips
@@ -80,8 +90,13 @@ class TrainingClips(Dataset[Sample]):
         self.frames = frames
         self.patch = patch
         self.augment = augment
+        self.mirror = mirror
         self.seed = seed
-        self._masks = None if masks is None else MaskCache(clips, masks, self._low_resolution)
+        self._masks: MaskCache | ClipMasks | None = None
+        if isinstance(masks, CachedMasks):
+            self._masks = ClipMasks(masks, clips, lambda clip: self._low_resolution(clip, 1)[0])
+        elif masks is not None:
+            self._masks = MaskCache(clips, masks, self._low_resolution)
         self._sizes = [self._size(clip) for clip in clips]
         self._ends = list(accumulate(len(clip) - frames + 1 for clip in clips))  # running count of windows
 
@@ -105,7 +120,8 @@ class TrainingClips(Dataset[Sample]):
             sample["hr"] = sample["hr"].float().div_(255)
         sample["lr"] = self.degradation(sample["hr"])
         relative = inner._replace(top=inner.top - outer.top, left=inner.left - outer.left)
-        return crop(sample, pose.move_box(relative, outer.height, outer.width), self.degradation.scale)
+        sample = crop(sample, pose.move_box(relative, outer.height, outer.width), self.degradation.scale)
+        return mirror_time(sample) if self.mirror else sample
 
     def _cut(self, index: int, start: int, box: Box) -> Sample:
         """The window of a clip that starts at frame `start`, all but `lr`; `hr` as uint8 where the clip holds that."""
@@ -118,7 +134,7 @@ class TrainingClips(Dataset[Sample]):
             hr = torch.stack([box.scaled(scale).cut(frame) for frame in clip.frames(start, stop)])
         sample: Sample = {"hr": hr, "name": clip.name}
         if self._masks is not None:
-            sample["masks"] = self._masks.window(index, start, stop, box)
+            sample[self._masks.key] = self._masks.window(index, start, stop, box)
         if hasattr(clip, "flows"):
             flows = clip.flows(scale)
             sample["flow_backward"] = box.cut(flows.backward[start : stop - 1]).float()
@@ -132,8 +148,8 @@ class TrainingClips(Dataset[Sample]):
                 f"clip {clip.name!r} has {len(clip)} frames, but training windows have frames={self.frames}; "
                 "leave the clip out or train on shorter windows"
             )
-        pixels = getattr(clip, "pixels", None)
-        height, width = (next(clip.frames(0, 1)) if pixels is None else pixels).shape[-2:]
+        pixels, size = getattr(clip, "pixels", None), getattr(clip, "size", None)
+        height, width = size or (next(clip.frames(0, 1)) if pixels is None else pixels).shape[-2:]
         scale = self.degradation.scale
         if min(height, width) // scale < self.patch:
             raise ValueError(
@@ -142,8 +158,7 @@ class TrainingClips(Dataset[Sample]):
             )
         return height // scale, width // scale
 
-    def _low_resolution(self, clip: Clip) -> Tensor:
-        """LR frames (t, 3, h, w) of the whole clip, degraded one by one to hold a single HR frame at a time."""
-        return torch.cat(
-            [self.degradation(crop_to_multiple(frame[None], self.degradation.scale)) for frame in clip.frames()]
-        )
+    def _low_resolution(self, clip: Clip, stop: int | None = None) -> Tensor:
+        """LR frames [0, stop), (t, 3, h, w), degraded one by one to hold a single HR frame at a time."""
+        scale = self.degradation.scale
+        return torch.cat([self.degradation(crop_to_multiple(frame[None], scale)) for frame in clip.frames(0, stop)])

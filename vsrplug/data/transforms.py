@@ -1,4 +1,4 @@
-"""Crops, flips, quarter turns and time reversal that move frames, masks and flows together.
+"""Crops, flips, quarter turns, time reversal and mirroring that move frames, masks and flows together.
 
 A sample is a dict. `lr`, `hr` and `masks` are (t, c, h, w); `flow_backward` and `flow_forward` are (t-1, 2, h, w), LR
 pixels, x then y; anything that is not a tensor (the name) is kept as it is.
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Sample = dict[str, Any]
@@ -69,6 +70,17 @@ def reverse_time(sample: Sample) -> Sample:
         backward, forward = reversed_["flow_backward"], reversed_["flow_forward"]
         reversed_ |= {"flow_backward": forward, "flow_forward": backward}
     return reversed_
+
+
+def mirror_time(sample: Sample) -> Sample:
+    """The clip followed by itself in reverse: t frames become 2 t, and between the two in the middle nothing moves."""
+    back = reverse_time(sample)
+    mirrored = dict(sample)
+    for key, value in sample.items():
+        if isinstance(value, Tensor):
+            still = [value.new_zeros(1, *value.shape[1:])] if key.startswith("flow_") else []
+            mirrored[key] = torch.cat([value, *still, back[key]])
+    return mirrored
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""Object masks of low-resolution frames. A mask source is a callable (t, 3, h, w) in [0, 1] -> (t, m, h, w), 0 or 1."""
+"""`Superpixels`: masks without a segmentation network."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,11 @@ class Superpixels:
             raise ValueError(f"count and compactness must be positive, got count={count}, compactness={compactness}")
         self.count = count
         self.compactness = compactness
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the masks depend on."""
+        return {"source": "superpixels", "count": self.count, "compactness": self.compactness}
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Masks (t, count, h, w), float32, 0 or 1, of frames (t, 3, h, w) in [0, 1]; on the frames' device."""
