@@ -139,8 +139,8 @@ def operations(name: str, arguments: argparse.Namespace, size: tuple[int, int]) 
         image = torch.empty(1, 1, h, w, 1)
         near = sum(
             tile.squared.numel()
-            for _, columns, reach in _gaussian_blocks._strips(image, module.sigma, module.eps)
-            for tile in _gaussian_blocks._tiles(image, columns, reach, module.sigma, module.eps)
+            for _, columns, reach in _gaussian_blocks._strips(image, module.sigma, weighting, module.eps)
+            for tile in _gaussian_blocks._tiles(image, columns, reach, module.sigma, weighting, module.eps)
         )
         everything = (h * w) ** 2 if weighting == "gaussian_of_softmax" else near
     projections = 2 * h * w * c * (c // 2) * (1 + 3 * t)

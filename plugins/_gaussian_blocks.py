@@ -18,12 +18,15 @@ OVERFLOW = 2.0**90  # float32 reaches 2**127; the rest is for the values that ar
 LOG2_E = math.log2(math.e)  # scores are kept to base 2: torch's exp2 takes a third of the time of its exp
 
 
-def sizes(device: torch.device) -> tuple[int, int, int]:
-    """Rows and columns of queries taken together, and scores in hand at a time.
+def sizes(device: torch.device, weighting: str) -> tuple[int, int]:
+    """Rows and columns of queries taken together, at most, and scores in hand at a time.
 
-    Measured on two cores with 1 MiB of second-level cache each, which the scores fill. A GPU wants more work a call.
+    Measured on two cores with 1 MiB of second-level cache each, which the scores fill; where only near keys count,
+    smaller tiles have fewer of them. A GPU wants more work a call.
     """
-    return (16, 16, 2**19) if device.type == "cpu" else (32, 32, 2**24)
+    if device.type != "cpu":
+        return 32, 2**24
+    return 16 if weighting == "gaussian_of_softmax" else 12, 2**19
 
 
 class Tile(NamedTuple):
@@ -50,7 +53,7 @@ class Tile(NamedTuple):
 
     def blocks(self, keys: Tensor, weighting: str) -> Iterator[tuple[slice, slice | None]]:
         """The near keys in blocks, each with its columns of `table`, then all others where the softmax needs them."""
-        size = max(1, sizes(keys.device)[2] // len(self.squared))
+        size = max(1, sizes(keys.device, weighting)[1] // len(self.squared))
         for start in range(self.near.start, self.near.stop, size):
             stop = min(start + size, self.near.stop)
             yield slice(start, stop), slice(start - self.near.start, stop - self.near.start)
@@ -73,9 +76,9 @@ def forward(
     scaled = query if weighting == "product" else query * LOG2_E
     everything = weighting == "gaussian_of_softmax"
     with torch.autocast(query.device.type, enabled=False):
-        for i, columns, reach in _strips(key, sigma, eps):
+        for i, columns, reach in _strips(key, sigma, weighting, eps):
             keys, values = _in_order(key[i], reach, everything), _in_order(value[i], reach, False)
-            for tile in _tiles(key, columns, reach, sigma, eps):
+            for tile in _tiles(key, columns, reach, sigma, weighting, eps):
                 table = tile.table(sigma, weighting)
                 for t in range(key.shape[1]):
                     q, offset = tile.of(scaled[i]), lse.new_zeros(())
@@ -158,10 +161,10 @@ def backward(
     everything = weighting == "gaussian_of_softmax"
     with torch.autocast(query.device.type, enabled=False):
         drop = (grad * out).sum(-1, keepdim=True)
-        for i, columns, reach in _strips(key, sigma, eps):
+        for i, columns, reach in _strips(key, sigma, weighting, eps):
             keys, values = _in_order(key[i], reach, everything), _in_order(value[i], reach, False)
             dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-            for tile in _tiles(key, columns, reach, sigma, eps):
+            for tile in _tiles(key, columns, reach, sigma, weighting, eps):
                 table, q, dq = tile.table(sigma, weighting), tile.of(query[i]), torch.zeros_like(tile.of(query[i]))
                 for t in range(key.shape[1]):
                     offset, g, d = tile.of(lse[i, t]), tile.of(grad[i, t]), tile.of(drop[i, t])
@@ -222,29 +225,30 @@ def _reach(size: int, sigma: Tensor, eps: float) -> int:
     return int(min(size, radius))  # in this order a sigma that is no number gives a result that is none, and no error
 
 
-def _strips(key: Tensor, sigma: Tensor, eps: float) -> Iterator[tuple[int, slice, slice]]:
+def _spans(size: int, key: Tensor, sigma: Tensor, weighting: str, eps: float) -> Iterator[tuple[slice, slice]]:
+    """An axis of the image in equal parts, of queries, each with the keys that are near them."""
+    reach = _reach(size, sigma, eps)
+    step = -(-size // -(-size // sizes(key.device, weighting)[0]))
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        yield slice(start, stop), slice(max(start - reach, 0), min(stop + reach, size))
+
+
+def _strips(key: Tensor, sigma: Tensor, weighting: str, eps: float) -> Iterator[tuple[int, slice, slice]]:
     """Every clip of the batch and column of tiles: the index of the clip, the columns of queries and of near keys."""
-    w, step = key.shape[3], sizes(key.device)[1]
-    reach = _reach(w, sigma, eps)
     for i in range(len(key)):
-        for start in range(0, w, step):
-            stop = min(start + step, w)
-            yield i, slice(start, stop), slice(max(start - reach, 0), min(stop + reach, w))
+        for columns, near in _spans(key.shape[3], key, sigma, weighting, eps):
+            yield i, columns, near
 
 
-def _tiles(key: Tensor, columns: slice, near: slice, sigma: Tensor, eps: float) -> Iterator[Tile]:
+def _tiles(key: Tensor, columns: slice, near: slice, sigma: Tensor, weighting: str, eps: float) -> Iterator[Tile]:
     """The tiles of one strip, from the top."""
-    h, step = key.shape[2], sizes(key.device)[0]
-    reach = _reach(h, sigma, eps)
     y, x = (torch.arange(size, device=key.device, dtype=key.dtype) for size in key.shape[2:4])
-    across = (x[columns, None] - x[near]).square()
-    for start in range(0, h, step):
-        rows = slice(start, min(start + step, h))
-        first, last = max(start - reach, 0), min(rows.stop + reach, h)
-        down = (y[rows, None] - y[first:last]).square()
+    across, width = (x[columns, None] - x[near]).square(), near.stop - near.start
+    for rows, reached in _spans(key.shape[2], key, sigma, weighting, eps):
+        down = (y[rows, None] - y[reached]).square()
         squared = (down[:, None, :, None] + across[:, None, :]).flatten(2).flatten(0, 1)
-        width = near.stop - near.start
-        yield Tile(rows, columns, slice(first * width, last * width), squared)
+        yield Tile(rows, columns, slice(reached.start * width, reached.stop * width), squared)
 
 
 def _parts(image: Tensor, near: slice, everything: bool) -> Iterator[tuple[slice, slice]]:
