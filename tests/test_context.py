@@ -73,6 +73,17 @@ def test_frames_and_masks_are_padded_alike_once(dtype: torch.dtype) -> None:
     assert fitting.pad(1) is frames
 
 
+def test_the_target_is_padded_with_the_frames() -> None:
+    target = torch.rand(1, 2, 3, 20, 24)
+    context = Context(torch.rand(1, 2, 3, 5, 6), target=target)
+    for _ in range(2):  # the second time nothing is left to do
+        context.pad(4)
+        assert context.target is not None
+        assert context.target.shape == (1, 2, 3, 32, 32)
+        assert torch.equal(context.target[..., :20, :24], target)
+        assert torch.equal(context.target[..., 31, 31], target[..., 19, 23])
+
+
 def test_a_feature_passes_untouched_where_nothing_is_attached() -> None:
     feature = torch.rand(1, 4, 4, 4)
     assert Context(torch.rand(1, 2, 3, 4, 4)).refine("here", feature) is feature
