@@ -155,3 +155,9 @@ def test_one_context_one_pass() -> None:
     with pytest.raises(RuntimeError, match="used by an earlier pass; make a new one for every call of the model"):
         context.begin({})
     assert Context(torch.rand(1, 2, 3, 4, 4)).losses == {}
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 2, 3), (1, 2, 3, 20, 23), (1, 2, 3, 20, 30), (3, 20, 24)])
+def test_a_target_that_is_no_enlargement(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"target must be \(b, t, 3, s h, s w\).*of the frames \(1, 2, 3, 5, 6\)"):
+        Context(torch.rand(1, 2, 3, 5, 6), target=torch.rand(shape))

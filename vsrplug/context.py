@@ -51,6 +51,11 @@ class Context:
             raise ValueError(
                 f"masks must be (b, t, m, h, w) like the frames {tuple(frames.shape)}, got {tuple(masks.shape)}"
             )
+        if target is not None and not _enlarges(target, frames):
+            raise ValueError(
+                f"target must be (b, t, 3, s h, s w), s a whole number, of the frames {tuple(frames.shape)}, got "
+                f"{tuple(target.shape)}"
+            )
         self.frames = frames
         self.masks = masks
         self.keys = keys
@@ -139,6 +144,15 @@ class Context:
                 stacklevel=2,
             )
         self._losses.setdefault((attached, name), {})[site, t] = value
+
+
+def _enlarges(target: Tensor, frames: Tensor) -> bool:
+    """Whether the sizes of `target` are those of `frames` times one whole number."""
+    if target.ndim != 5:
+        return False
+    h, w = frames.shape[-2:]
+    scale = target.shape[-1] // w
+    return scale > 0 and target.shape[-2:] == (scale * h, scale * w)
 
 
 def _but_channels(clip: Tensor) -> tuple[int, ...]:
