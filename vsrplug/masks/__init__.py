@@ -7,6 +7,7 @@ first, and planes of zeros where it has fewer than m. `vsrplug masks` keeps what
 from __future__ import annotations
 
 from vsrplug.masks.cached import CachedMasks
+from vsrplug.masks.controls import Grid, NoMasks, OtherFrame
 from vsrplug.masks.errors import DamagedMasksError, MasksError
 from vsrplug.masks.precomputed import Precomputed
 from vsrplug.masks.segment_anything import SegmentAnything
@@ -16,7 +17,10 @@ from vsrplug.masks.words import pack, unpack
 __all__ = [
     "CachedMasks",
     "DamagedMasksError",
+    "Grid",
     "MasksError",
+    "NoMasks",
+    "OtherFrame",
     "Precomputed",
     "SegmentAnything",
     "Superpixels",
