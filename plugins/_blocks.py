@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vsrplug.frozen import relu_before
+
 
 class ResidualBlock(nn.Module):
     """x + conv2(relu(conv1(x))), without normalisation (EDVR, EDSR).
@@ -29,7 +31,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w)."""
-        return x + self.conv2(F.relu(self.conv1(x), inplace=True))
+        return x + self.conv2(relu_before(self.conv2, self.conv1(x)))
 
 
 def warp(feature: Tensor, flow: Tensor, padding: str = "zeros") -> Tensor:
