@@ -16,8 +16,8 @@ import vsrplug.plugins
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {
-    "av", "hydra", "kornia", "lightning", "matplotlib", "omegaconf", "peft", "pytorch_lightning", "rich", "scipy",
-    "segment_anything", "skimage", "tensorboard", "torchmetrics", "torchvision",
+    "av", "huggingface_hub", "hydra", "kornia", "lightning", "matplotlib", "omegaconf", "peft", "pytorch_lightning",
+    "rich", "scipy", "segment_anything", "skimage", "tensorboard", "torchmetrics", "torchvision",
 }  # fmt: skip
 
 

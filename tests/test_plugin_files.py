@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vsrplug.plugin_files
 from vsrplug import Context, ForeignSite, PluggedModel, Plugin, attach, load_plugins, save_plugins
 from vsrplug.backbones import BasicVSR, SPyNet
+from vsrplug.lora import LoRA, lora_state
+from vsrplug.plugged import fingerprint
 from vsrplug.plugins import MemoryBankPlugin, SEEMPlugin
 
 C, MASKS = 8, 3
@@ -46,6 +48,16 @@ def both(network: nn.Module) -> PluggedModel:
 
 def banked(network: nn.Module, entries: int = 6) -> PluggedModel:
     return awake(attach(network, bank=MemoryBankPlugin(C, groups=4, entries=entries)))
+
+
+def tuned(model: PluggedModel, lora: LoRA | None = None) -> PluggedModel:
+    """With low-rank layers, other biases, and plug-ins that do something."""
+    (lora or LoRA(rank=2, alpha=3.0, targets=("*_trunk.*", "conv_last"))).insert(model.backbone)
+    with torch.no_grad():
+        biases = [value for key, value in model.backbone.named_parameters() if key.endswith("bias")]
+        for value in (*lora_state(model.backbone).values(), *biases):
+            value.add_(0.1 * torch.randn_like(value))
+    return awake(model)
 
 
 def run(model: nn.Module) -> Tensor:
@@ -81,17 +93,20 @@ class Mine(MemoryBankPlugin):
 
 
 def test_a_round_trip_into_a_new_process(tmp_path: Path) -> None:
+    """Plug-ins, low-rank layers and biases in one file."""
     network = basicvsr()
-    model = both(network)
+    state = copy.deepcopy(network.state_dict())
+    model = tuned(both(network))
     save_plugins(model, tmp_path / "two.safetensors")
     frames, masks = torch.rand(1, 3, 3, 8, 9), torch.rand(1, 3, MASKS, 8, 9) > 0.5
     expected = model(frames, Context(frames, masks=masks)).detach()
-    torch.save((network.state_dict(), frames, masks, expected), tmp_path / "rest.pt")
+    torch.save((state, frames, masks, expected), tmp_path / "rest.pt")
     script = textwrap.dedent(
         f"""
         import torch
         from vsrplug import Context, load_plugins
         from vsrplug.backbones import BasicVSR, SPyNet
+        from vsrplug.lora import LoRA
         torch.set_num_threads(1)
         state, frames, masks, expected = torch.load({str(tmp_path / "rest.pt")!r}, weights_only=True)
         network = BasicVSR({C}, 1, flow=SPyNet(levels=2, widths=(4, 4)), reconstruction_channels=8).eval()
@@ -101,6 +116,7 @@ def test_a_round_trip_into_a_new_process(tmp_path: Path) -> None:
             assert torch.equal(model(frames, Context(frames, masks=masks)), expected)
         assert list(model.plugins) == ["wide", "bank"]
         assert model.plugins["bank"].sites == ("fused", "forward_output")
+        assert len(LoRA.of(network).targets) == 7
         """
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -133,6 +149,7 @@ def test_metadata_is_data(tmp_path: Path) -> None:
         },
     }
     assert "vsrplug.plugins" not in str(data)
+    assert data["lora"] == "null"
     assert json.loads(data["fingerprint"]).keys() == model.backbone.state_dict().keys()
     assert path.stat().st_mode & 0o777 == 0o644
     with safe_open(path, framework="pt") as file:
@@ -260,6 +277,10 @@ def broken_metadata(path: Path) -> None:
     rewrite(path, plugins="{")
 
 
+def broken_lora(path: Path) -> None:
+    rewrite(path, lora='{"rank": -1}')
+
+
 def other_site(path: Path) -> None:
     rewrite(path, plugins=metadata(path)["plugins"].replace("fused", "fuzed"))
 
@@ -272,6 +293,7 @@ UNUSABLE = [
     (other_safetensors, "is a safetensors file, but no plug-in file: it lacks the format mark 'vsrplug-plugins-1'"),
     (missing_entry, r"1 entries do not fit this model: plugins\.bank\.at\.fused\.memory"),
     (broken_metadata, "it.safetensors: its description of the plug-ins cannot be read"),
+    (broken_lora, "it.safetensors: its description of the plug-ins cannot be read .*a whole rank of 1 or more"),
 ]
 REBUILT = [  # a model that has the plug-ins takes the weights only
     (unknown_argument, "it.safetensors: MemoryBankPlugin cannot be made .*'entrys'.* another version of that class"),
@@ -316,6 +338,140 @@ def test_files_that_do_not_fit_the_model(tmp_path: Path) -> None:
         load_plugins(basicvsr(16), path, force=True)
 
 
+def test_a_file_holds_what_was_tuned_and_no_more(tmp_path: Path) -> None:
+    """Each kind alone, and all together; the keys are those of the plain network, as its fingerprint's."""
+    path = tmp_path / "it.safetensors"
+    names = [name for name, module in basicvsr().named_modules() if isinstance(module, nn.Conv2d)]
+    adapted = [name for name in names if "_trunk." in name or name == "conv_last"]
+    low_rank = {f"backbone.{name}.lora_{side}.default.weight" for name in adapted for side in "AB"}
+    biases = {f"backbone.{name}.bias" for name in names}
+    for kinds in ("plugins", "bias", "lora", "plugins bias lora"):
+        network = basicvsr()
+        start = copy.deepcopy(network)
+        model = banked(network) if "plugins" in kinds else attach(network).eval()
+        if "lora" in kinds:
+            tuned(model)
+        with torch.no_grad():
+            for name in names:
+                bias = network.get_submodule(name).bias
+                bias.copy_(start.get_submodule(name).bias + (0.1 if "bias" in kinds else 0))  # type: ignore[operator]
+        save_plugins(model, path)
+        with safe_open(path, framework="pt") as file:
+            held = {key for key in file.keys() if not key.startswith("plugins.")}  # noqa: SIM118
+        assert held == (low_rank if "lora" in kinds else set()) | (biases if "bias" in kinds else set())
+        data = metadata(path)
+        assert json.loads(data["fingerprint"]) == fingerprint(start)
+        expected = {"rank": 2, "alpha": 3.0, "targets": adapted} if "lora" in kinds else None
+        assert json.loads(data["lora"]) == expected
+        again = load_plugins(start, path).eval()
+        assert torch.equal(run(again), run(model))
+        assert list(again.plugins) == list(model.plugins)
+        save_plugins(again, tmp_path / "again.safetensors")  # and once more, from what was loaded
+        assert metadata(tmp_path / "again.safetensors") == metadata(path)
+        ours, theirs = load_file(tmp_path / "again.safetensors"), load_file(path)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_files_of_before_low_rank_layers(tmp_path: Path) -> None:
+    network, path = basicvsr(), tmp_path / "it.safetensors"
+    model = banked(network)
+    save_plugins(model, path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        data = file.metadata()
+    del data["lora"]
+    assert set(data) == {"format", "plugins", "foreign", "fingerprint"}  # what version 0.1 wrote
+    save_file(tensors, path, data)
+    assert torch.equal(run(load_plugins(network, path).eval()), run(model))
+
+
+def test_weights_into_a_model_that_has_the_low_rank_layers(tmp_path: Path) -> None:
+    network, path = basicvsr(), tmp_path / "it.safetensors"
+    plain = copy.deepcopy(network)
+    model = tuned(banked(network))
+    save_plugins(model, path)
+    expected = run(model)
+    assert not torch.equal(run(tuned(model)), expected)
+    assert load_plugins(model, path) is model
+    assert torch.equal(run(model), expected)
+    untrained = banked(plain)
+    assert load_plugins(untrained, path) is untrained  # which get theirs inserted
+    assert torch.equal(run(untrained), expected)
+
+
+def refused_without_a_trace(target: nn.Module, path: Path, message: str, kind: type[Exception] = ValueError) -> None:
+    before, modules = copy.deepcopy(target.state_dict()), dict(target.named_modules())
+    with pytest.raises(kind, match=message):
+        load_plugins(target, path)
+    assert same_state(target, before)
+    assert dict(target.named_modules()) == modules
+
+
+def test_low_rank_layers_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, path = basicvsr(), tmp_path / "it.safetensors"
+    plain = copy.deepcopy(network)
+    model = tuned(banked(network))
+    save_plugins(model, path)
+    refused_without_a_trace(basicvsr(), path, "trained on a backbone with other weights")
+
+    others = tuned(banked(copy.deepcopy(plain)), LoRA(rank=3))
+    refused_without_a_trace(
+        others, path, r"it.safetensors: LoRA: rank=2, alpha=3 on 7 convolutions was asked .* rank=3"
+    )
+    layer = next(module for module in network.modules() if hasattr(module, "lora_A"))
+    layer.merge()
+    refused_without_a_trace(model, path, r"it.safetensors: LoRA: the layer of 'backward_trunk.main.0' is merged; call")
+    layer.unmerge()
+
+    rewrite(path, drop="backbone.conv_last.lora_A.default.weight")
+    refused_without_a_trace(
+        plain, path, r"1 entries do not fit this model: backbone\.conv_last\.lora_A\.default\.weigh"
+    )
+    save_plugins(model, path)
+    rewrite(path, lora=metadata(path)["lora"].replace('"rank": 2', '"rank": 4'))
+    refused_without_a_trace(plain, path, r"14 entries do not fit this model: backbone\.backward_trunk\.main\.0\.lora_A")
+    rewrite(path, lora=metadata(path)["lora"].replace("conv_last", "conv_lost"))
+    refused_without_a_trace(plain, path, r"it.safetensors: LoRA: there is no convolution that matches 'conv_lost'; did")
+    rewrite(path, lora="null")
+    refused_without_a_trace(plain, path, r"14 entries do not fit this model: backbone\.backward_trunk\.main\.0\.lora_A")
+
+    save_plugins(banked(plain), path)
+    with_layers = tuned(attach(copy.deepcopy(plain)), LoRA(targets=("fusion",))).backbone
+    with torch.no_grad():
+        for key, value in plain.state_dict().items():
+            if key.endswith("bias"):
+                with_layers.get_parameter(key.replace("fusion.", "fusion.base_layer.")).copy_(value)
+    refused_without_a_trace(
+        with_layers,
+        path,
+        r"has no LoRA layers, the backbone has them on 1 convolutions; take them off first: LoRA\.rem",
+    )
+
+    save_plugins(model, path)
+    monkeypatch.delitem(sys.modules, "vsrplug._lora_layer")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused_without_a_trace(plain, path, "low-rank layers come from peft", ImportError)
+
+
+def test_what_the_file_does_not_hold_must_be_as_it_was_saved(tmp_path: Path) -> None:
+    """The result computes what the saved model did: entries that the file brings may be anything before, others not."""
+    network, path = basicvsr(), tmp_path / "it.safetensors"
+    start = copy.deepcopy(network)
+    model = banked(network)
+    with torch.no_grad():
+        network.fusion.bias.add_(0.5)
+    save_plugins(model, path)
+    expected = run(model)
+    with torch.no_grad():
+        start.fusion.bias.add_(0.7)
+    assert torch.equal(run(load_plugins(start, path).eval()), expected)
+    with torch.no_grad():
+        network.fusion.weight.add_(0.5)  # the model goes on learning, then is to become the saved one again
+    refused_without_a_trace(model, path, r"with other weights: 1 of \d+ entries differ \(fusion\.weight\)")
+    assert not torch.equal(run(load_plugins(model, path, force=True)), expected)
+
+
 @pytest.mark.parametrize("kind", ["full", "partial", "killed"])
 def test_a_failure_while_saving_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     model, path = banked(basicvsr()), tmp_path / "it.safetensors"
@@ -344,7 +500,9 @@ def test_a_failure_while_saving_leaves_the_old_file(tmp_path: Path, monkeypatch:
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     network, path = basicvsr(), tmp_path / "it.safetensors"
-    with pytest.raises(ValueError, match="no plug-in is attached: there is nothing to save"):
+    with pytest.raises(
+        ValueError, match="no plug-in is attached, and the backbone is as it was at attach: there is not"
+    ):
         save_plugins(attach(network), path)
 
     class WithModule(Mine):

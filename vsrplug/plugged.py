@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vsrplug.context import Context
 from vsrplug.foreign import ForeignSite, check_paths, hooked
+from vsrplug.lora import base_state
 from vsrplug.plugin import Plugin, checked_sites
 from vsrplug.site import SiteSpec, unknown_name
 
@@ -61,7 +62,8 @@ class PluggedModel(nn.Module):
             for site in plugin.sites:
                 routes.setdefault(site, []).append((name, plugin))
         context.begin(routes, window=getattr(self.backbone, "window", None))
-        context.pad(getattr(self.backbone, "multiple", 1))  # before prepare: sites will see padded features
+        # before prepare: sites will see padded features
+        context.pad(getattr(self.backbone, "multiple", 1), getattr(self.backbone, "padding_mode", "replicate"))
         for plugin in plugins.values():
             plugin.prepare(context)
         foreign = {name: site for name, site in self.foreign.items() if name in routes}
@@ -121,10 +123,10 @@ def attach(
         if not re.fullmatch(r"\w+", name):
             raise ValueError(f"a site's name is letters, digits and underscores, got {name!r}")
     for name in plugins:
-        if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict(), name):
+        if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict(), name) or name == "backbone":
             raise ValueError(
-                f"{name!r} cannot be the name of a plug-in: it takes letters, digits and underscores, and no attribute "
-                "of torch's ModuleDict such as 'items' or 'training'"
+                f"{name!r} cannot be the name of a plug-in: it takes letters, digits and underscores, no attribute of "
+                "torch's ModuleDict such as 'items' or 'training', and not 'backbone', whose losses have that name"
             )
     built = {name: _build(name, given, known, backbone) for name, given in plugins.items()}
     for name, plugin in built.items():
@@ -160,9 +162,17 @@ def all_sites(backbone: nn.Module, foreign: Mapping[str, ForeignSite]) -> dict[s
 
 
 def fingerprint(backbone: nn.Module) -> dict[str, str]:
-    """Key -> digest of the bytes of each entry of the state dict: which backbone this is, and what changed since."""
+    """Key -> digest of each entry of the state dict: which backbone this is, and what changed since.
+
+    Low-rank layers (`vsrplug.lora`) make no difference to it.
+    """
+    return digests(base_state(backbone))
+
+
+def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Key -> digest of the bytes of each tensor."""
     prints = {}
-    for key, value in backbone.state_dict().items():
+    for key, value in state.items():
         array = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         prints[key] = hashlib.blake2b(array.data, digest_size=8).hexdigest()
     return prints

@@ -1,7 +1,8 @@
-"""Plug-in files: one safetensors file with weights, and data in its metadata from which the plug-ins are rebuilt.
+"""Plug-in files: one safetensors file with everything that was tuned, and data in its metadata to rebuild it from.
 
-A file never names code to run: class names are looked up among the plug-ins of this library and the classes the caller
-passes, constructor arguments are plain JSON.
+That is plug-ins, low-rank layers, and the entries of the backbone that changed: biases, norms, or all of it. A file
+never names code to run: class names are looked up among the plug-ins of this library and the classes the caller passes,
+constructor arguments are plain JSON.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vsrplug.foreign import ForeignSite
+from vsrplug.lora import LoRA, base_state, lora_state
 from vsrplug.plugged import PluggedModel, attach, fingerprint
 from vsrplug.plugin import Plugin
 from vsrplug.site import unknown_name
@@ -28,23 +31,23 @@ FORMAT = "vsrplug-plugins-1"
 
 
 def save_plugins(model: PluggedModel, path: str | Path, *, backbone: bool = True) -> None:
-    """Write the plug-ins of a model, weights and how to rebuild them, to one safetensors file.
+    """Write what was tuned of a model, weights and how to rebuild it, to one safetensors file.
 
-    Backbone parameters that changed since `attach` (biases that were tuned, say) are saved with them, since the
-    plug-ins alone would not give this model back. The file is written under a temporary name and renamed.
+    That is its plug-ins, the low-rank layers of its backbone (`vsrplug.lora`), and backbone entries that changed since
+    `attach` (biases that were tuned, say), without which the rest would not give this model back. The file is written
+    under a temporary name and renamed.
 
     Args:
         model: what `attach` returned, trained or not.
         path: where to; conventionally `*.safetensors`.
-        backbone: False refuses to save where backbone parameters changed, instead of saving them too.
+        backbone: False refuses to save where backbone entries changed, instead of saving them too.
 
     Raises:
-        ValueError: nothing is attached, a constructor argument cannot be written as JSON, or (with `backbone=False`)
-            the backbone changed.
+        ValueError: nothing is attached or changed, a constructor argument cannot be written as JSON, or (with
+            `backbone=False`) the backbone changed.
         OSError: the file could not be written; an older file of that name is as it was.
     """
-    if not model.plugins:
-        raise ValueError("no plug-in is attached: there is nothing to save")
+    lora = LoRA.of(model.backbone)
     now = fingerprint(model.backbone)
     changed = sorted(key for key in now if now[key] != model.fingerprint.get(key))
     if changed and not backbone:
@@ -52,20 +55,26 @@ def save_plugins(model: PluggedModel, path: str | Path, *, backbone: bool = True
             f"{len(changed)} backbone entries changed since attach ({_first(changed)}); the plug-ins alone would not "
             "give this model back. Save with backbone=True, or restore the backbone."
         )
-    state = model.state_dict()
-    tensors = {key: value for key, value in state.items() if key.startswith("plugins.")}
-    tensors |= {f"backbone.{key}": state[f"backbone.{key}"] for key in changed}
+    if not (model.plugins or changed or lora):
+        raise ValueError("no plug-in is attached, and the backbone is as it was at attach: there is nothing to save")
+    state = _entries(model)
+    tuned = {f"backbone.{key}" for key in (*changed, *lora_state(model.backbone))}
     plugins = cast("Mapping[str, Plugin]", model.plugins)
     metadata = {
         "format": FORMAT,
         # in the order of attach, which is the order they run in at a site
         "plugins": json.dumps({name: _describe(name, plugin) for name, plugin in plugins.items()}),
         "foreign": json.dumps({name: asdict(site) for name, site in model.foreign.items()}),
+        "lora": json.dumps(asdict(lora) if lora else None),
         "fingerprint": json.dumps(model.fingerprint),
     }
     # A copy each: sites may share a parameter, and safetensors refuses tensors that share memory.
     contiguous = torch.contiguous_format
-    copies = {key: value.detach().cpu().clone(memory_format=contiguous) for key, value in tensors.items()}
+    copies = {
+        key: value.detach().cpu().clone(memory_format=contiguous)
+        for key, value in state.items()
+        if key.startswith("plugins.") or key in tuned
+    }
     write_safetensors(copies, path, metadata)
 
 
@@ -74,9 +83,12 @@ def load_plugins(
 ) -> PluggedModel:
     """Read a plug-in file onto a backbone or a model that has these plug-ins already.
 
+    The result computes what the saved model did, bit for bit. So the entries of the backbone that the file does not
+    hold must be those of the backbone it was saved with; a file that holds all of them fits any backbone of that shape.
+
     Args:
-        model: a backbone (the plug-ins are rebuilt and attached), or a `PluggedModel` whose plug-ins of the same names
-            take the weights.
+        model: a backbone (plug-ins are rebuilt and attached, low-rank layers inserted), or a `PluggedModel` whose
+            plug-ins of the same names take the weights.
         path: what `save_plugins` wrote.
         force: load although the backbone has other weights than the one the plug-ins were trained on.
         classes: plug-in classes of your own that the file may name, besides those of `vsrplug.plugins`.
@@ -85,24 +97,27 @@ def load_plugins(
         The model given, or a new one around the backbone given.
 
     Raises:
-        ValueError: not a plug-in file, a class that is not known, another backbone, or keys and shapes that do not fit;
-            nothing has been changed.
+        ValueError: not a plug-in file, a class that is not known, another backbone, other low-rank layers, or keys and
+            shapes that do not fit; nothing has been changed.
+        ImportError: the file has low-rank layers and peft is not installed; nothing has been changed.
     """
     metadata, tensors = _read(path)
     try:
         described, places, saved = (json.loads(metadata[key]) for key in ("plugins", "foreign", "fingerprint"))
         foreign = {name: ForeignSite(**site) for name, site in places.items()}
+        settings = json.loads(metadata.get("lora", "null"))  # files of vsrplug 0.1 may lack it
+        lora = LoRA(**settings) if settings else None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its description of the plug-ins cannot be read ({error}); save it again") from None
     plugged = model if isinstance(model, PluggedModel) else None
     backbone = plugged.backbone if plugged else model
-    own = plugged.fingerprint if plugged else fingerprint(backbone)
-    differing = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
+    own = fingerprint(backbone)
+    compared = sorted(key for key in saved.keys() | own.keys() if f"backbone.{key}" not in tensors)
+    differing = [key for key in compared if saved.get(key) != own.get(key)]
     if differing and not force:
         raise ValueError(
-            f"{path}: these plug-ins were trained on a backbone with other weights: {len(differing)} of "
-            f"{len(saved.keys() | own.keys())} entries differ ({_first(differing)}). Load the same backbone weights, "
-            "or pass force=True."
+            f"{path} was trained on a backbone with other weights: {len(differing)} of {len(compared)} entries differ "
+            f"({_first(differing)}). Load the same backbone weights, or pass force=True."
         )
     if plugged is None:
         known = _known(classes)
@@ -113,33 +128,73 @@ def load_plugins(
             f"{path} holds plug-ins {sorted(described)}, this model has {sorted(plugged.plugins)}; give the backbone "
             "alone and they are attached as saved"
         )
-    state = plugged.state_dict()
-    expected = {key for key in state if key.startswith("plugins.")} | {k for k in tensors if k.startswith("backbone.")}
-    wrong = sorted(expected ^ tensors.keys()) + sorted(
-        key for key in expected & tensors.keys() if key not in state or state[key].shape != tensors[key].shape
-    )
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} entries do not fit this model: {', '.join(wrong[:10])}")
+    _check(path, tensors, plugged, lora)
+    if lora:
+        lora.insert(backbone)
+    state = _entries(plugged)
     with torch.no_grad():
         for key, value in tensors.items():
             state[key].copy_(value)
+    if not differing:  # saved again, it is the same file, whatever the entries were that this one replaced
+        plugged.fingerprint = saved
     return plugged
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to `path` under a temporary name first, so that a full disk or a kill leaves the old file."""
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[str]:
+    """A temporary name beside `path` to write to; renamed to `path` at the end, or removed where that is not reached.
+
+    Raises:
+        OSError: it could not be written; an older file of that name is as it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata)
+        yield temporary
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
         raise OSError(f"{path} could not be written ({error}); a file that was there is as it was") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _entries(model: PluggedModel) -> dict[str, Tensor]:
+    """Key in a file -> the model's own tensor: plug-ins, the backbone by the keys it has without `LoRA`, then that."""
+    state = {f"plugins.{key}": value for key, value in model.plugins.state_dict().items()}
+    for key, value in (base_state(model.backbone) | lora_state(model.backbone)).items():
+        state[f"backbone.{key}"] = value
+    return state
+
+
+def _check(path: str | Path, tensors: Mapping[str, Tensor], model: PluggedModel, lora: LoRA | None) -> None:
+    """Raise ValueError unless the entries of the file are those of the model, once it has these low-rank layers."""
+    present = LoRA.of(model.backbone)
+    if present and not lora:
+        raise ValueError(
+            f"{path} has no LoRA layers, the backbone has them on {len(present.targets)} convolutions; take them off "
+            "first: LoRA.remove(model.backbone)"
+        )
+    try:
+        added = lora.shapes(model.backbone) if lora else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    shapes = {key: tuple(value.shape) for key, value in _entries(model).items()}
+    shapes |= {f"backbone.{key}": shape for key, shape in added.items()}
+    held = {key: tuple(value.shape) for key, value in tensors.items()}
+    needed = {key for key in shapes if key.startswith("plugins.") or key.removeprefix("backbone.") in added}
+    wrong = sorted(needed - held.keys() | held.keys() - shapes.keys())
+    wrong += sorted(key for key in held.keys() & shapes.keys() if held[key] != shapes[key])
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} entries do not fit this model: {', '.join(wrong[:10])}")
 
 
 def _describe(name: str, plugin: Plugin) -> dict[str, Any]:

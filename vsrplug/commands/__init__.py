@@ -12,7 +12,8 @@ COMMANDS = {
     "evaluate": "measure a backbone, with or without plug-ins, under a named protocol",
     "upscale": "super-resolve a video file or a folder of frames",
     "masks": "make the object masks of clips once, for training to read",
-    "describe": "print sites, plug-ins, trainable and frozen parameters",
+    "merge": "write a backbone and what was tuned on it as one ordinary checkpoint",
+    "describe": "print sites, plug-ins, what learns, and what it costs, before anything runs",
     "demo": "two minutes: tune plug-ins on the embedded clips, compare, detach",
 }
 

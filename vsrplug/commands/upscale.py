@@ -33,7 +33,7 @@ from vsrplug.data.frame_writer import FrameWriter
 from vsrplug.data.video_file import VideoFile
 from vsrplug.data.video_properties import VideoProperties, read_properties
 from vsrplug.data.video_writer import FORMATS, VideoWriter
-from vsrplug.plugged import fingerprint
+from vsrplug.plugged import digests
 from vsrplug.upscaling import Upscaler
 
 INPUT = "a video file or a folder of frames, for instance: vsrplug upscale input=clip.mp4 output=out.mp4"
@@ -185,6 +185,6 @@ def settings(cfg: DictConfig, clip: FrameFolder | VideoFile, model: nn.Module) -
     return {key: value for key, value in build.as_plain(cfg).items() if key in keys} | {
         "frames": len(clip),
         "input": hashlib.sha256(repr(stats).encode()).hexdigest(),
-        "weights": hashlib.sha256(repr(sorted(fingerprint(model).items())).encode()).hexdigest(),
+        "weights": hashlib.sha256(repr(sorted(digests(model.state_dict()).items())).encode()).hexdigest(),
         "vsrplug": __version__,
     }
