@@ -28,9 +28,9 @@ class LatentAttentionBlock(nn.Module, ABC):
     """What both kinds of block share: z = mu + eps sigma, added to the clip (section 4.3, fig. 5, eq. 17).
 
     Mean and variance are two parallel linear layers at the end of a block. While training, z is sampled with noise of
-    torch's generator; at test it is the mean. A linear layer that starts at zero brings z into the clip: the module is
-    the identity until trained, whatever the noise. The variance starts near e^-6, next to none, as stage one of
-    algorithm 1 has it.
+    torch's generator; at test, and while the variance is frozen (closed, in algorithm 1), it is the mean. A linear
+    layer that starts at zero brings z into the clip: the module is the identity until trained, whatever the noise. The
+    variance starts near e^-6, next to none, as stage one of algorithm 1 has it.
 
     Args:
         channels: width c of the clips.
@@ -75,7 +75,7 @@ class LatentAttentionBlock(nn.Module, ABC):
         z, divergence = mean, None
         if log_variance is not None:
             divergence = (mean.to(log_variance).square() + log_variance.exp() - 1 - log_variance).mean() / 2
-            if self.training:
+            if self.training and self.log_variance.weight.requires_grad:  # type: ignore[union-attr]
                 z = (mean + torch.randn_like(log_variance) * (log_variance / 2).exp()).to(mean.dtype)
         return query + _channels_third(self.output(z)).to(query.dtype), divergence
 

@@ -271,3 +271,36 @@ def test_the_packaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     save_file(half, tmp_path / "basicvsr_tiny.safetensors")
     source.load_state_dict(half)
     assert same(load_backbone("basicvsr_tiny"), source)
+
+
+def test_what_fits_starts_another_scale_and_the_report_names_the_rest(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    four, two = small(), small(scale=2)
+    before = {key: value.clone() for key, value in two.state_dict().items()}
+    report = load_official(two, four.state_dict(), strict=False)
+    head = {"upconv1.weight", "upconv1.bias"}  # 8 channels to 4 x 8, or to 4 x 64 at once
+    assert set(report.missing) == head
+    assert set(report.unexpected) == head | {"upconv2.weight", "upconv2.bias"}
+    for key, value in two.state_dict().items():
+        assert torch.equal(value, before[key] if key in head else four.state_dict()[key]), key
+    save_file(four.state_dict(), tmp_path / "x4.safetensors")
+    with pytest.warns(UserWarning, match=r"x4\.safetensors was carried over in part: \d+ loaded; 2 missing: upconv1"):
+        made = load_backbone(
+            "basicvsr", tmp_path / "x4.safetensors", strict=False, channels=8, blocks=2, scale=2,
+            flow=SPyNet(2, (4, 4, 4, 4)),
+        )  # fmt: skip
+    assert torch.equal(made.get_parameter("fusion.weight"), four.get_parameter("fusion.weight"))
+
+
+def test_edvr_without_attention_starts_the_one_with_it() -> None:
+    arguments = {"channels": 8, "frames": 3, "extract_blocks": 1, "reconstruct_blocks": 1, "deform_groups": 2}
+    without, fused = (NETWORKS["edvr"](tsa=tsa, **arguments) for tsa in (False, True))
+    report = load_official(fused, without.state_dict(), strict=False)
+    assert report.unexpected == ["fusion.weight", "fusion.bias"]
+    assert all(name.startswith("fusion.") for name in report.missing)
+    assert len(report.loaded) + len(report.missing) == len(fused.state_dict())
+
+
+def test_nothing_that_fits_is_an_error_even_then() -> None:
+    with pytest.raises(ValueError, match="these are weights of another network"):
+        load_official(small(), {"fc.weight": torch.rand(3, 3)}, strict=False)

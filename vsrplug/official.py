@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,9 @@ class LoadReport:
         return "; ".join([f"{len(self.loaded)} loaded", *lines])
 
 
-def load_official(network: nn.Module, state_dict_or_path: Mapping[str, Any] | str | Path) -> LoadReport:
+def load_official(
+    network: nn.Module, state_dict_or_path: Mapping[str, Any] | str | Path, *, strict: bool = True
+) -> LoadReport:
     """Read official weights into a network, all of them or none.
 
     Wrappers (`params_ema`, `params`, `state_dict`) and prefixes (`module.`, `generator.`, `model.backbone.`, ...) are
@@ -55,14 +58,16 @@ def load_official(network: nn.Module, state_dict_or_path: Mapping[str, Any] | st
         network: one of `vsrplug.backbones`, or a plain module of `vsrplug.plugins`, of the file's width, depth and
             variant.
         state_dict_or_path: a .pth, .pt, .ckpt or .safetensors file, or what `torch.load` made of it.
+        strict: False carries over what has the same name and shape, to start from a network of another scale or
+            another fusion; the rest of the network stays as it is, and the report names it.
 
     Returns:
-        The report; `missing` and `unexpected` are empty, or there would be an error.
+        The report; if `strict`, `missing` and `unexpected` are empty, or there would be an error.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file cannot be read or would run code, or an entry is left over on either side or has another
-            shape. The network is then as it was.
+            shape (if not `strict`: nothing fits). The network is then as it was.
     """
     path = state_dict_or_path if isinstance(state_dict_or_path, (str, Path)) else None
     where = f"{type(network).__name__} and {path or 'the state dict given'}"
@@ -86,17 +91,25 @@ def load_official(network: nn.Module, state_dict_or_path: Mapping[str, Any] | st
     for name in [name for name in renamed if any(re.fullmatch(pattern, name) for pattern in others)]:
         del renamed[name]
         ignored.append(name)
-    _compare(where, own, renamed)
-    network.load_state_dict(renamed)
-    return LoadReport(loaded=list(renamed), ignored=sorted(ignored))
+    fitting = {name: value for name, value in renamed.items() if name in own and own[name].shape == value.shape}
+    if strict or not fitting:
+        _compare(where, own, renamed)
+    network.load_state_dict(fitting, strict=strict)
+    return LoadReport(
+        loaded=list(fitting),
+        missing=[name for name in own if name not in fitting],
+        unexpected=[name for name in renamed if name not in fitting],
+        ignored=sorted(ignored),
+    )
 
 
-def load_backbone(name: str, path: str | Path | None = None, **kwargs: Any) -> nn.Module:
+def load_backbone(name: str, path: str | Path | None = None, *, strict: bool = True, **kwargs: Any) -> nn.Module:
     """Make a network of `vsrplug.backbones` by its name.
 
     Args:
         name: such as "edvr" or "basicvsr"; "basicvsr_tiny" has weights in the package.
         path: a file for `load_official`; None leaves the network freshly initialised, except "basicvsr_tiny".
+        strict: False carries over what fits of the file, and warns of what does not.
         kwargs: for its constructor.
 
     Raises:
@@ -118,7 +131,9 @@ def load_backbone(name: str, path: str | Path | None = None, **kwargs: Any) -> n
                 f"this installation lacks {path}; install vsrplug again, or train it: vsrplug train experiment={name}"
             )
     if path is not None:
-        load_official(network, path)
+        report = load_official(network, path, strict=strict)
+        if report.missing or report.unexpected:
+            warnings.warn(f"{path} was carried over in part: {report}", stacklevel=2)
     return network
 
 
