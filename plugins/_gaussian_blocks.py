@@ -195,6 +195,26 @@ def backward(
     return dquery, dkey, dvalue, dsigma.to(sigma.dtype).view_as(sigma)
 
 
+def operations(key: Tensor, channels: int, sigma: Tensor, weighting: str, eps: float) -> int:
+    """Of the matrix products that `forward` carries out, a multiplication and an addition counting as two.
+
+    Only the shapes of the clip are read, and the value of sigma. The second attempt after an overflow is left out.
+
+    Args:
+        key: (b, t, h, w, c), the query being c wide too.
+        channels: c', width of the values.
+    """
+    b, t, h, w, c = key.shape
+    step = -(-h * w // SAMPLE)
+    done = 0
+    for columns, across in _spans(w, key, sigma, weighting, eps):
+        for rows, down in _spans(h, key, sigma, weighting, eps):
+            near = (across.stop - across.start) * (down.stop - down.start)
+            scores = h * w + -(-h * w // step) if weighting == "gaussian_of_softmax" else near
+            done += (columns.stop - columns.start) * (rows.stop - rows.start) * (scores * c + near * channels)
+    return 2 * b * t * done
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.weighting, ctx.eps = inputs
     ctx.save_for_backward(*tensors, *output)
