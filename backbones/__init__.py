@@ -13,18 +13,48 @@ from collections.abc import Callable
 from torch import nn
 
 from .basicvsr import BasicVSR, basicvsr_tiny
+from .basicvsr_pp import BasicVSRPlusPlus
 from .bicubic import Bicubic
 from .edvr import EDVR
+from .iconvsr import IconVSR
+from .latent_vsr import LatentVSR
 from .lucas_kanade import LucasKanade
+from .mana import MANA
+from .pwcnet import PWCNet
+from .real_basicvsr import RealBasicVSR
 from .sliding_window import SlidingWindow
 from .spynet import SPyNet
+from .stvun import STVUN
 
-__all__ = ["EDVR", "NETWORKS", "BasicVSR", "Bicubic", "LucasKanade", "SPyNet", "SlidingWindow", "basicvsr_tiny"]
+__all__ = [
+    "EDVR",
+    "MANA",
+    "NETWORKS",
+    "STVUN",
+    "BasicVSR",
+    "BasicVSRPlusPlus",
+    "Bicubic",
+    "IconVSR",
+    "LatentVSR",
+    "LucasKanade",
+    "PWCNet",
+    "RealBasicVSR",
+    "SPyNet",
+    "SlidingWindow",
+    "basicvsr_tiny",
+]
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "basicvsr": BasicVSR,
+    "basicvsr_pp": BasicVSRPlusPlus,
     "basicvsr_tiny": basicvsr_tiny,
     "bicubic": Bicubic,
     "edvr": EDVR,
+    "iconvsr": IconVSR,
+    "latent_vsr": LatentVSR,
+    "mana": MANA,
+    "pwcnet": PWCNet,
+    "real_basicvsr": RealBasicVSR,
     "spynet": SPyNet,
+    "stvun": STVUN,
 }

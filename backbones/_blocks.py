@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..plugins._blocks import ResidualBlock
 
@@ -15,12 +16,20 @@ CHUNK_PIXELS = 2**20  # at 64 channels in float32, one activation of a chunk is 
 class ResidualTrunk(nn.Module):
     """A convolution, LeakyReLU(0.1), then residual blocks: a propagation branch of BasicVSR.
 
+    Args:
+        in_channels: width of what enters.
+        channels: width of the blocks and of the result.
+        blocks: number of residual blocks.
+        checkpointing: keep only what enters the residual blocks, and compute them again in the backward pass. The
+            convolution and `refine` before them run once, so that plug-ins draw noise and report losses once.
+
     Shape:
         x: (b, in_channels, h, w) -> (b, channels, h, w)
     """
 
-    def __init__(self, in_channels: int, channels: int, blocks: int) -> None:
+    def __init__(self, in_channels: int, channels: int, blocks: int, checkpointing: bool = False) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.main = nn.Sequential(
             nn.Conv2d(in_channels, channels, 3, padding=1),
             nn.LeakyReLU(0.1, inplace=True),
@@ -31,7 +40,11 @@ class ResidualTrunk(nn.Module):
         """(b, in_channels, h, w) -> (b, channels, h, w); `refine` is applied to what enters the residual blocks."""
         # A 3x3 convolution on the CPU is about twice as fast on channels_last, and the layout carries through.
         entered = self.main[1](self.main[0](x.contiguous(memory_format=torch.channels_last)))
-        return self.main[2](entered if refine is None else refine(entered))
+        if refine is not None:
+            entered = refine(entered)
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.main[2], entered, use_reentrant=False)
+        return self.main[2](entered)
 
 
 def in_chunks(function: Callable[..., Tensor], *batches: Tensor, pixels: int) -> Tensor:

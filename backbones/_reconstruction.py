@@ -49,3 +49,10 @@ class PixelShuffleHead(nn.Module):
             shuffled = F.pixel_shuffle(self.get_submodule(upconv)(feature), factor)
             feature = F.leaky_relu(shuffled, 0.1, inplace=True)
         return self.conv_last(F.leaky_relu(self.conv_hr(feature), 0.1, inplace=True))
+
+    def on_frames(self, feature: Tensor, frames: Tensor) -> Tensor:
+        """The SR frames: what `head` makes of (n, channels, h, w), added to the frames enlarged to that size."""
+        residual = self.head(feature)
+        if frames.shape[-2:] != residual.shape[-2:]:
+            frames = F.interpolate(frames, size=residual.shape[-2:], mode="bilinear", align_corners=False)
+        return residual + frames

@@ -15,6 +15,7 @@ from vsrplug.site import SiteSpec
 
 from ..plugins._blocks import warp
 from ._blocks import ResidualTrunk, in_chunks
+from ._flows import neighbour_flows
 from ._reconstruction import PixelShuffleHead
 from .lucas_kanade import LucasKanade
 from .spynet import SPyNet
@@ -34,6 +35,8 @@ class BasicVSR(PixelShuffleHead):
         scale: 1, 2, 3 or 4; official weights have 4.
         flow: any module `(reference, supporting) -> flow (b, 2, h, w)` in LR pixels, x then y; None makes a `SPyNet`.
         reconstruction_channels: width at the high resolution.
+        checkpointing: compute the residual blocks again in the backward pass instead of keeping their activations:
+            the same gradients, less memory, more time.
 
     Raises:
         ValueError: a scale it cannot build.
@@ -54,6 +57,7 @@ class BasicVSR(PixelShuffleHead):
         scale: int = 4,
         flow: nn.Module | None = None,
         reconstruction_channels: int = 64,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -65,8 +69,8 @@ class BasicVSR(PixelShuffleHead):
             "fused": SiteSpec(channels, "clip"),
         }
         self.spynet = SPyNet() if flow is None else flow  # the official name, whatever estimates the flow
-        self.backward_trunk = ResidualTrunk(channels + 3, channels, blocks)
-        self.forward_trunk = ResidualTrunk(channels + 3, channels, blocks)
+        self.backward_trunk = ResidualTrunk(channels + 3, channels, blocks, checkpointing)
+        self.forward_trunk = ResidualTrunk(channels + 3, channels, blocks, checkpointing)
         self.fusion = nn.Conv2d(2 * channels, channels, 1)
         self.add_head(channels, scale, reconstruction_channels)
 
@@ -81,27 +85,23 @@ class BasicVSR(PixelShuffleHead):
             (b, t, 3, s h, s w), not clamped.
         """
         context = Context(frames) if context is None else context
-        b, t, _, h, w = frames.shape
-        clip = context.refine("input", context.pad(self.multiple))
-        context.flows = flows = self._flows(clip)
+        return self.restore(context.refine("input", context.pad(self.multiple)), context)
+
+    def restore(self, clip: Tensor, context: Context) -> Tensor:
+        """What follows the site `input`: (b, t, 3, h, w), refined or cleaned frames -> (b, t, 3, s h, s w)."""
+        b, t, _, h, w = clip.shape
+        context.flows = flows = neighbour_flows(self.spynet, clip)
+        fused = context.refine("fused", self._fused(clip, flows, context))
+        enlarged = in_chunks(self.on_frames, fused.flatten(0, 1), clip.flatten(0, 1), pixels=h * w * self.scale**2)
+        return enlarged.unflatten(0, (b, t))
+
+    def _fused(self, clip: Tensor, flows: Flows, context: Context) -> Tensor:
+        """Both directions, (b, t, c, h, w). What they were made of is free again before the frames are enlarged."""
         # warped with flows[:, i]: frame i + 1 onto i on the way back, frame i onto i + 1 on the way there
         backward = self._propagate("backward", self.backward_trunk, clip, flows.backward, context)
         forward = self._propagate("forward", self.forward_trunk, clip, flows.forward, context)
         both = torch.cat((torch.stack(backward, 1), torch.stack(forward, 1)), dim=2)
-        fused = F.leaky_relu(self.fusion(both.flatten(0, 1)), 0.1, inplace=True).unflatten(0, (b, t))
-        fused = context.refine("fused", fused)
-        enlarged = in_chunks(self._reconstruct, fused.flatten(0, 1), clip.flatten(0, 1), pixels=h * w * self.scale**2)
-        return enlarged.unflatten(0, (b, t))
-
-    def _flows(self, clip: Tensor) -> Flows:
-        """Flow between neighbours in both directions, all in one batch as far as memory is bounded."""
-        b, t, _, h, w = clip.shape
-        if t == 1:
-            return Flows(clip.new_zeros(b, 0, 2, h, w), clip.new_zeros(b, 0, 2, h, w))
-        earlier, later = clip[:, :-1].flatten(0, 1), clip[:, 1:].flatten(0, 1)
-        flow = in_chunks(self.spynet, torch.cat((earlier, later)), torch.cat((later, earlier)), pixels=h * w)
-        backward, forward = flow.unflatten(0, (2, b, t - 1))
-        return Flows(backward, forward)
+        return F.leaky_relu(self.fusion(both.flatten(0, 1)), 0.1, inplace=True).unflatten(0, clip.shape[:2])
 
     def _propagate(
         self, way: str, trunk: Callable[..., Tensor], clip: Tensor, flows: Tensor, context: Context
@@ -119,10 +119,6 @@ class BasicVSR(PixelShuffleHead):
             feature = trunk(torch.cat((clip[:, t], feature), dim=1), entering)
             feature = features[t] = context.refine(f"{way}_output", feature, t)
         return [features[t] for t in range(steps)]
-
-    def _reconstruct(self, fused: Tensor, frames: Tensor) -> Tensor:
-        enlarged = F.interpolate(frames, scale_factor=self.scale, mode="bilinear", align_corners=False)
-        return self.head(fused) + enlarged
 
 
 def basicvsr_tiny() -> BasicVSR:

@@ -140,7 +140,116 @@ class TSAFusion(nn.Module):
         return fused * attention.sigmoid() * 2 + added  # doubled: a sigmoid starts near 1/2
 
 
-class EDVR(PixelShuffleHead, nn.Module):
+class WindowFusion(nn.Module):
+    """A window of frames to one feature of its centre: features on a pyramid, alignment to the centre, fusion.
+
+    EDVR reconstructs its frame from it, IconVSR refills its propagation with it.
+
+    Args:
+        channels: width `c` of the features.
+        frames: length of the window, odd.
+        extract_blocks: residual blocks of the feature extraction.
+        deform_groups: deformable groups of the alignment; they divide `channels`.
+        tsa: fuse by temporal and spatial attention, else by one 1x1 convolution.
+        predeblur: extract features by the pre-deblurring pyramid.
+        hr_input: that pyramid reduces the frames by 4 first; needs `predeblur`.
+
+    Raises:
+        ValueError: arguments that do not go together.
+
+    Shape:
+        frames: (b, t, 3, h, w) in [0, 1], t equal to `frames`, h and w multiples of `multiple` -> (b, c, h, w), or
+        (b, c, h/4, w/4) with `hr_input`.
+
+    Source: Wang et al., "EDVR", CVPRW 2019, section 3.
+    """
+
+    official_names: ClassVar[tuple[tuple[str, str], ...]] = (  # mmagic's key -> ours, below any prefix
+        (r"\bpcd_alignment\.", r"pcd_align."),
+        (r"\b(offset_conv[123]|feat_conv)\.(l[123])\.conv\.", r"\1.\2."),
+        (r"\b(cas_offset_conv[12])\.conv\.", r"\1."),
+        (r"\b(feat_fusion|spatial_attn[1234]|spatial_attn_l[123]|spatial_attn_add1)\.conv\.", r"\1."),
+        (r"\bfeat_l([23])_conv([12])\.conv\.", r"conv_l\1_\2."),
+    )
+
+    def __init__(
+        self,
+        channels: int = 64,
+        frames: int = 5,
+        extract_blocks: int = 5,
+        deform_groups: int = 8,
+        tsa: bool = True,
+        predeblur: bool = False,
+        hr_input: bool = False,
+    ) -> None:
+        super().__init__()
+        if frames < 1 or frames % 2 == 0:
+            raise ValueError(f"frames must be odd, a centre and as many on either side, got {frames}")
+        if hr_input and not predeblur:
+            raise ValueError("hr_input=True needs predeblur=True: its strided convolutions bring the frames to 1/4")
+        self.channels = channels
+        self.window = frames
+        self.centre = frames // 2
+        self.multiple = 16 if hr_input else 4
+        if predeblur:
+            self.predeblur = Predeblur(channels, hr_input)
+            self.conv_1x1 = nn.Conv2d(channels, channels, 1)
+        else:
+            self.conv_first = nn.Conv2d(3, channels, 3, padding=1)
+        self.feature_extraction = nn.Sequential(*(ResidualBlock(channels) for _ in range(extract_blocks)))
+        self.conv_l2_1 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv_l2_2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_l3_1 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv_l3_2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.pcd_align = PCDAlignment(channels, deform_groups)
+        self.fusion = TSAFusion(channels, frames) if tsa else nn.Conv2d(frames * channels, channels, 1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(b, t, 3, h, w) -> (b, c, h, w)."""
+        pyramid = self.extract(frames)
+        return self.fuse(self.align(pyramid, pyramid.frame(self.centre)))
+
+    def extract(self, frames: Tensor) -> Pyramid:
+        """Features of frames, each on its own: the part of the network that windows of one clip have in common.
+
+        Args:
+            frames: (b, t, 3, h, w) in [0, 1], any t, h and w multiples of `multiple`.
+
+        Raises:
+            ValueError: a size that is no multiple of `multiple`.
+        """
+        h, w = frames.shape[-2:]
+        if h % self.multiple or w % self.multiple:
+            raise ValueError(
+                f"extract takes sizes that are multiples of {self.multiple}, got {h} x {w}; pad the clip first with "
+                f"Context(frames).pad({self.multiple})"
+            )
+        return self._coarser(self._level1(frames))
+
+    def align(self, pyramid: Pyramid, reference: Pyramid) -> Tensor:
+        """Features of the window and of its reference frame -> all frames aligned to it, (b, t, c, h, w)."""
+        # One frame at a time: the sampled columns are nine times a feature, and alignment holds the peak of memory.
+        return torch.stack([self.pcd_align(pyramid.frame(t), reference) for t in range(self.window)], dim=1)
+
+    def fuse(self, aligned: Tensor) -> Tensor:
+        """(b, t, c, h, w) -> (b, c, h, w)."""
+        return self.fusion(aligned if isinstance(self.fusion, TSAFusion) else aligned.flatten(1, 2))
+
+    def _level1(self, frames: Tensor) -> Tensor:
+        """(b, t, 3, h, w) -> features of the finest level, (b, t, c, h, w)."""
+        flat = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        deblurred = hasattr(self, "predeblur")
+        feature = self.conv_1x1(self.predeblur(flat)) if deblurred else _lrelu(self.conv_first(flat))
+        return self.feature_extraction(feature).unflatten(0, frames.shape[:2])
+
+    def _coarser(self, level1: Tensor) -> Pyramid:
+        """Features of the finest level -> all three."""
+        level2 = _lrelu(self.conv_l2_2(_lrelu(self.conv_l2_1(level1.flatten(0, 1)))))
+        level3 = _lrelu(self.conv_l3_2(_lrelu(self.conv_l3_1(level2))))
+        return Pyramid(level1, *(level.unflatten(0, level1.shape[:2]) for level in (level2, level3)))
+
+
+class EDVR(PixelShuffleHead, WindowFusion):
     """Video restoration with enhanced deformable convolutions: one SR frame, the centre's, from a window of LR frames.
 
     For clips of any length use `SlidingWindow(EDVR())`. Any height and width: frames are padded to `multiple` inside
@@ -177,11 +286,7 @@ class EDVR(PixelShuffleHead, nn.Module):
     """
 
     official_names: ClassVar[tuple[tuple[str, str], ...]] = (  # mmagic's key -> ours
-        (r"^pcd_alignment\.", r"pcd_align."),
-        (r"(offset_conv[123]|feat_conv)\.(l[123])\.conv\.", r"\1.\2."),
-        (r"(cas_offset_conv[12])\.conv\.", r"\1."),
-        (r"(feat_fusion|spatial_attn[1234]|spatial_attn_l[123]|spatial_attn_add1)\.conv\.", r"\1."),
-        (r"^feat_l([23])_conv([12])\.conv\.", r"conv_l\1_\2."),
+        *WindowFusion.official_names,
         (r"^upsample([12])\.upsample_conv\.", r"upconv\1."),
     )
 
@@ -197,18 +302,10 @@ class EDVR(PixelShuffleHead, nn.Module):
         hr_input: bool = False,
         scale: int = 4,
     ) -> None:
-        super().__init__()
-        if frames < 1 or frames % 2 == 0:
-            raise ValueError(f"frames must be odd, a centre and as many on either side, got {frames}")
-        if hr_input and not predeblur:
-            raise ValueError("hr_input=True needs predeblur=True: its strided convolutions bring the frames to 1/4")
+        super().__init__(channels, frames, extract_blocks, deform_groups, tsa, predeblur, hr_input)
         if hr_input and scale != 4:
             raise ValueError(f"hr_input=True reduces by 4 and enlarges by 4; leave scale at 4, got {scale}")
-        self.channels = channels
         self.scale = 1 if hr_input else scale
-        self.window = frames
-        self.centre = frames // 2
-        self.multiple = 16 if hr_input else 4
         self.hr_input = hr_input
         stride = 4 if hr_input else 1
         self.sites = {
@@ -219,28 +316,16 @@ class EDVR(PixelShuffleHead, nn.Module):
             "fused": SiteSpec(channels, "frame", stride),
             "reconstructed": SiteSpec(channels, "frame", stride),
         }
-        if predeblur:
-            self.predeblur = Predeblur(channels, hr_input)
-            self.conv_1x1 = nn.Conv2d(channels, channels, 1)
-        else:
-            self.conv_first = nn.Conv2d(3, channels, 3, padding=1)
-        self.feature_extraction = nn.Sequential(*(ResidualBlock(channels) for _ in range(extract_blocks)))
-        self.conv_l2_1 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.conv_l2_2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_l3_1 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.conv_l3_2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.pcd_align = PCDAlignment(channels, deform_groups)
-        self.fusion = TSAFusion(channels, frames) if tsa else nn.Conv2d(frames * channels, channels, 1)
         self.reconstruction = nn.Sequential(*(ResidualBlock(channels) for _ in range(reconstruct_blocks)))
         self.add_head(channels, scale)
 
-    def forward(self, frames: Tensor, context: Context | None = None, pyramid: Pyramid | None = None) -> Tensor:
+    def forward(self, frames: Tensor, context: Context | None = None, extracted: Pyramid | None = None) -> Tensor:
         """Super-resolve the centre frame.
 
         Args:
             frames: (b, t, 3, h, w) in [0, 1], t equal to `window`.
             context: of this pass; made here where there is none.
-            pyramid: what `extract` gave for these frames. The sites `input` and `features` are not called then.
+            extracted: what `extract` gave for these frames. The sites `input` and `features` are not called then.
 
         Returns:
             (b, 1, 3, s h, s w), not clamped.
@@ -255,53 +340,17 @@ class EDVR(PixelShuffleHead, nn.Module):
                 "SlidingWindow(model)"
             )
         padded = context.pad(self.multiple)
-        if pyramid is None:
+        if extracted is None:
             padded = context.refine("input", padded)
-            pyramid = self._coarser(context.refine("features", self._level1(padded)))
-        reference = pyramid.frame(self.centre)
+            extracted = self._coarser(context.refine("features", self._level1(padded)))
+        reference = extracted.frame(self.centre)
         reference = reference._replace(level1=context.refine("reference", reference.level1, t=self.centre))
-        # One frame at a time: the sampled columns are nine times a feature, and alignment holds the peak of memory.
-        aligned = torch.stack([self.pcd_align(pyramid.frame(t), reference) for t in range(self.window)], dim=1)
-        aligned = context.refine("aligned", aligned)
-        fused = self.fusion(aligned if isinstance(self.fusion, TSAFusion) else aligned.flatten(1, 2))
-        fused = context.refine("fused", fused, t=self.centre, neighbours=aligned)
+        aligned = context.refine("aligned", self.align(extracted, reference))
+        fused = context.refine("fused", self.fuse(aligned), t=self.centre, neighbours=aligned)
         trunk = self.reconstruction(fused.contiguous(memory_format=torch.channels_last))
-        base = padded[:, self.centre]
-        if self.scale > 1:
-            base = F.interpolate(base, scale_factor=self.scale, mode="bilinear", align_corners=False)
-        restored = self.head(context.refine("reconstructed", trunk, t=self.centre)) + base
+        restored = self.on_frames(context.refine("reconstructed", trunk, t=self.centre), padded[:, self.centre])
         h, w = frames.shape[-2:]
         return restored[..., : h * self.scale, : w * self.scale].unsqueeze(1)
-
-    def extract(self, frames: Tensor) -> Pyramid:
-        """Features of frames, each on its own: the part of the network that windows of one clip have in common.
-
-        Args:
-            frames: (b, t, 3, h, w) in [0, 1], any t, h and w multiples of `multiple`.
-
-        Raises:
-            ValueError: a size that is no multiple of `multiple`.
-        """
-        h, w = frames.shape[-2:]
-        if h % self.multiple or w % self.multiple:
-            raise ValueError(
-                f"extract takes sizes that are multiples of {self.multiple}, got {h} x {w}; pad the clip first with "
-                f"Context(frames).pad({self.multiple})"
-            )
-        return self._coarser(self._level1(frames))
-
-    def _level1(self, frames: Tensor) -> Tensor:
-        """(b, t, 3, h, w) -> features of the finest level, (b, t, c, h, w)."""
-        flat = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        deblurred = hasattr(self, "predeblur")
-        feature = self.conv_1x1(self.predeblur(flat)) if deblurred else _lrelu(self.conv_first(flat))
-        return self.feature_extraction(feature).unflatten(0, frames.shape[:2])
-
-    def _coarser(self, level1: Tensor) -> Pyramid:
-        """Features of the finest level -> all three."""
-        level2 = _lrelu(self.conv_l2_2(_lrelu(self.conv_l2_1(level1.flatten(0, 1)))))
-        level3 = _lrelu(self.conv_l3_2(_lrelu(self.conv_l3_1(level2))))
-        return Pyramid(level1, *(level.unflatten(0, level1.shape[:2]) for level in (level2, level3)))
 
 
 def _lrelu(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ from vsrplug.site import SiteSpec
 
 from .edvr import Pyramid
 
+Features = Tensor | Pyramid  # what a network's `extract` returns
 Padding = Literal["replicate", "reflection", "reflection_circle", "circle"]
 
 
@@ -93,18 +95,19 @@ class SlidingWindow(nn.Module):
             ) from error
         padded = context.pad(network.multiple)
         shared = self._shares_features()
-        known: dict[int, Pyramid] = {}  # frame -> features, of the frames in reach of the window
+        known: dict[int, Features] = {}  # frame -> features, of the frames in reach of the window
         restored = []
         for t, window in enumerate(windows):
             passed = Context(padded[:, window], _cut(context.masks, window), context.keys, _cut(context.target, window))
             keywords = {}
             if shared:
                 known = {frame: features for frame, features in known.items() if frame in window}
-                keywords["pyramid"] = _window_pyramid(network, padded, window, known)
+                keywords["extracted"] = _window_features(network, padded, window, known)
             restored.append(self.model(passed.frames, passed, **keywords))
             for name, value in passed.losses.items():
                 attached, loss = name.split("/", 1)
-                context.add_loss(plugins[attached], loss, value, site="window", t=t)  # type: ignore[arg-type]
+                own = None if attached == "backbone" else plugins[attached]
+                context.add_loss(own, loss, value, site="window", t=t)  # type: ignore[arg-type]
         h, w = frames.shape[-2:]
         return torch.cat(restored, dim=1)[..., : h * self.scale, : w * self.scale]
 
@@ -165,10 +168,17 @@ def _cut(clip: Tensor | None, window: list[int]) -> Tensor | None:
     return None if clip is None else clip[:, window]
 
 
-def _window_pyramid(network: Any, clip: Tensor, window: list[int], known: dict[int, Pyramid]) -> Pyramid:
-    """The features of a window's frames, (b, t, c, h, w) a level; those not `known` yet are extracted and added."""
+def _window_features(network: Any, clip: Tensor, window: list[int], known: dict[int, Features]) -> Features:
+    """The features of a window's frames, each (b, t, c, h, w); those not `known` yet are extracted and added."""
     new = sorted(set(window) - known.keys())
     if new:
         extracted = network.extract(clip[:, new])
-        known |= {frame: extracted.frame(position) for position, frame in enumerate(new)}
-    return Pyramid(*(torch.stack(level, dim=1) for level in zip(*(known[frame] for frame in window), strict=True)))
+        known |= {frame: _each(lambda level, at=at: level[:, at], extracted) for at, frame in enumerate(new)}
+    return _each(lambda *frames: torch.stack(frames, dim=1), *(known[frame] for frame in window))
+
+
+def _each(function: Callable[..., Tensor], *features: Features) -> Features:
+    """`function` of tensors, or level by level of pyramids of them."""
+    if isinstance(features[0], Tensor):
+        return function(*features)
+    return Pyramid(*(function(*level) for level in zip(*features, strict=True)))

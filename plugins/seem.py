@@ -98,7 +98,7 @@ class SEEMPlugin(Plugin):
 
     Needs `Context(frames, masks=...)`. By default where the paper puts it: on EDVR at the reference feature of the
     alignment, the fused and the reconstructed feature (eq. 8, 9); on BasicVSR before and after the residual blocks of
-    both branches (eq. 13, 14).
+    both branches (eq. 13, 14), and on BasicVSR++, which the paper does not treat, after those of every branch.
 
     Args:
         channels: width of the sites.
@@ -116,6 +116,10 @@ class SEEMPlugin(Plugin):
         "forward_input",
         "backward_output",
         "forward_output",
+        "backward_1_output",
+        "forward_1_output",
+        "backward_2_output",
+        "forward_2_output",
     )
 
     def __init__(

@@ -23,7 +23,7 @@ from vsrplug.plugged import attach
 from vsrplug.site import SiteSpec
 
 ROOT = Path(conf.__file__).parent
-COMMANDS = ("train", "evaluate", "describe", "upscale", "demo")
+COMMANDS = ("train", "evaluate", "describe", "upscale", "merge", "demo")
 GROUPS = ("backbone", "callbacks", "data", "degradation", "experiment", "logger", "losses", "masks", "optim", "plugins")
 GROUPS += ("protocol", "trainer", "tuning")
 UNTRAINED = "backbone=basicvsr_tiny_untrained"
@@ -54,7 +54,7 @@ OTHERWISE = {
     "vsrplug.data.reds": {"split"},
     "vsrplug.data.vimeo90k": {"split", "motion"},
     "vsrplug.protocols.Protocol": {"border", "skip_frames", "mirror"},
-    "vsrplug.tuning.Tuning": {"train"},
+    "vsrplug.tuning.Tuning": {"train", "lora"},
 }
 
 
@@ -107,6 +107,7 @@ def test_every_option_is_a_call_with_the_constructors_names_and_defaults(choice:
         parameters = dict(inspect.signature(hydra.utils.get_method(call._target_)).parameters)
         if call._target_ == "vsrplug.load_backbone":  # which hands its keywords on
             path = given.pop("path")
+            assert given.pop("strict") is True
             assert path is None or group == "experiment"
             parameters = dict(inspect.signature(backbones.NETWORKS[given.pop("name")]).parameters)
         if not call._target_.startswith("vsrplug."):  # others have more than anyone wants to see
@@ -144,12 +145,18 @@ def test_every_choice_of_plugins_makes_these_plugins(plugins: str) -> None:
 def serves(plugins: str, sites: dict[str, SiteSpec]) -> bool:
     """Whether every plug-in of this choice has a default site among `sites`."""
     calls = composed("describe", UNTRAINED, f"plugins={plugins}").plugins.values()
-    return bool(calls) and all(set(hydra.utils.get_class(c._target_).default_sites) & set(sites) for c in calls)
+    kinds = [hydra.utils.get_class(call._target_) for call in calls]
+    return bool(kinds) and all(
+        any(site in sites and sites[site].kind in kind.kinds for site in kind.default_sites) for kind in kinds
+    )
 
 
 @pytest.mark.parametrize("option", options("backbone"))
 def test_every_backbone_is_made_and_takes_every_plugin(option: str) -> None:
     small = {"basicvsr": ["backbone.blocks=1"], "edvr": ["backbone.extract_blocks=1", "backbone.reconstruct_blocks=1"]}
+    small["mana"] = ["backbone.decoder_blocks=1"]
+    small["iconvsr"] = small["basicvsr_pp"] = ["backbone.blocks=1"]
+    small["real_basicvsr"] = ["backbone.propagation_blocks=1", "backbone.cleaning_blocks=1"]
     sites = build.make_model(composed("describe", f"backbone={option}", *small.get(option, []))).sites
     names = [name for name in options("plugins") if serves(name, sites)]
     overrides = [f"backbone={option}", f"plugins=[{','.join(names)}]", *small.get(option, [])]

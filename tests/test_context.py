@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vsrplug import Context, Plugin
+from vsrplug import Context, Plugin, attach
 from vsrplug.context import Routes
+from vsrplug.site import SiteSpec
 
 
 class Scale(Plugin):
@@ -84,6 +86,56 @@ def test_the_target_is_padded_with_the_frames() -> None:
         assert torch.equal(context.target[..., 31, 31], target[..., 19, 23])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize(("h", "w"), [(5, 6), (3, 2), (1, 4)])
+def test_frames_masks_and_target_are_mirrored_alike(h: int, w: int, dtype: torch.dtype) -> None:
+    lr = torch.arange(2 * 3 * h * w).view(1, 2, 3, h, w).float()
+    masks = (torch.rand(1, 2, 4, h, w) > 0.5).to(dtype)
+    y, x = torch.arange(4 * h).view(-1, 1), torch.arange(4 * w)
+    context = Context(lr, masks=masks, target=(1000 * y + x).expand(1, 2, 3, -1, -1))
+    padded = context.pad(8, "reflect")
+    assert padded.shape[-2:] == (8, 8)
+    assert context.masks is not None
+    assert context.masks.dtype == dtype
+    rows, columns = (np.pad(np.arange(side), (0, 8 - side), mode="reflect") for side in (h, w))
+    for whole, part in ((padded, lr), (context.masks, masks)):
+        assert torch.equal(whole, part[..., rows, :][..., columns])
+    assert context.pad(8, "reflect") is padded
+    # Where a low-resolution pixel is a mirrored one, so are the pixels of the target that it covers.
+    target = context.target
+    assert target is not None
+    assert target.shape[-2:] == (32, 32)
+    if h == 5:
+        assert target[0, 0, 0, :, 0].div(1000).tolist()[20:] == [15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4]
+    assert torch.equal(target[..., : 4 * h, : 4 * w], (1000 * y + x).expand(1, 2, 3, -1, -1))
+    means = [
+        t.float().unflatten(-1, (-1, 4)).mean(-1).unflatten(-2, (-1, 4)).mean(-2)
+        for t in (target, target[..., : 4 * h, : 4 * w])
+    ]
+    assert torch.equal(means[0], means[1][..., rows, :][..., columns])
+
+
+def test_a_model_mirrors_before_its_plugins_prepare_where_its_backbone_does() -> None:
+    class Backbone(nn.Module):
+        sites: ClassVar[dict[str, SiteSpec]] = {"here": SiteSpec(3, "clip")}
+        multiple, padding_mode = 4, "reflect"
+
+        def forward(self, frames: Tensor, context: Context) -> Tensor:
+            return context.refine("here", context.pad(self.multiple, "reflect"))
+
+    class Seen(Scale):
+        def prepare(self, context: Context) -> None:
+            context.memo[self] = context.frames
+
+    frames = torch.rand(1, 2, 3, 6, 7)
+    plugin = Seen(1.0)
+    plugin.channels = 3
+    context = Context(frames)
+    out = attach(Backbone(), it=plugin)(frames, context)
+    assert torch.equal(context.memo[plugin], out)
+    assert torch.equal(out[0], nn.functional.pad(frames[0], (0, 1, 0, 2), mode="reflect"))
+
+
 def test_a_feature_passes_untouched_where_nothing_is_attached() -> None:
     feature = torch.rand(1, 4, 4, 4)
     assert Context(torch.rand(1, 2, 3, 4, 4)).refine("here", feature) is feature
@@ -132,7 +184,9 @@ def test_losses_are_means_over_sites_and_steps_and_a_repeated_one_replaces() -> 
     context.add_loss(one, "fit", torch.tensor(6.0), site="there")
     context.add_loss(one, "size", torch.tensor(7.0), site="here")
     context.add_loss(two, "fit", torch.tensor(8.0), site="here", t=0)
-    assert context.losses == {"one/fit": 4.0, "one/size": 7.0, "two/fit": 8.0}
+    for value in (3.0, 2.0):
+        context.add_loss(None, "fit", torch.tensor(value), site="here")
+    assert context.losses == {"one/fit": 4.0, "one/size": 7.0, "two/fit": 8.0, "backbone/fit": 2.0}
 
 
 def test_a_loss_of_a_plugin_that_is_not_attached() -> None:

@@ -141,6 +141,40 @@ def test_weights_that_are_not_there_are_missed_before_anything_else(tmp_path: Pa
     assert "VSRPLUG_WEIGHTS" in text
 
 
+ABLATION = {  # of BasicVSR++ -> alignment and branches
+    "ablation_a": ("flow", ["backward_1", "forward_1"]),
+    "ablation_b": ("first_order", ["backward_1", "forward_1"]),
+    "ablation_c": ("second_order", ["backward_1", "forward_1"]),
+    "ablation_basicvsr_pp": ("second_order", ["backward_1", "forward_1", "backward_2", "forward_2"]),
+}
+
+
+def test_there_is_a_file_for_each_row_of_basicvsr_pp_and_none_besides() -> None:
+    assert sorted(file.stem for file in (ROOT / "basicvsr_pp").glob("*.yaml")) == sorted(ABLATION)
+
+
+@pytest.mark.parametrize("name", ABLATION)
+def test_a_row_of_basicvsr_pp_is_made_and_trains_as_the_paper_says(name: str, tmp_path: Path) -> None:
+    cfg = composed(tmp_path, f"experiment=basicvsr_pp/{name}")
+    assert (cfg.data._target_, cfg.data.partition, cfg.data.split) == ("vsrplug.data.reds", "reds4", "train")
+    assert (cfg.datamodule.frames, cfg.datamodule.patch, cfg.datamodule.batch_size) == (30, 64, 8)
+    assert (cfg.protocol.name, cfg.protocol.degradation) == (REDS4, cfg.degradation)
+    assert (cfg.optim.optimizer.lr, cfg.optim.schedule.T_max) == (1e-4, 600000)
+    assert Path(cfg.backbone.flow.path).name == "spynet_20210409-c6c1bd09.pth"
+    cfg.backbone.flow.path = None
+    model = build.make_model(cfg)
+    alignment, branches = ABLATION[name]
+    assert model.backbone.alignment == alignment
+    assert list(model.backbone.backbone) == branches
+    assert list(model.backbone.deform_align) == ([] if alignment == "flow" else branches)
+    tuning = build.make(cfg.tuning)
+    flow = {key for key, _ in model.named_parameters() if ".spynet." in key}
+    everything = {key for key, _ in model.named_parameters()}
+    first, second = tuning.phases.values()
+    assert (first.steps, first.trained(model), second.trained(model)) == (5000, everything - flow, everything)
+    assert second.rates == {"flow": 0.25}
+
+
 @pytest.mark.slow
 def test_a_row_runs_from_its_weights_to_its_figures_and_is_measured_again_elsewhere(tmp_path: Path) -> None:
     """Table 3, BasicVSR + SEEM, on septuplets of 64x48: mirrored in training and in measurement."""

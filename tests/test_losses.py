@@ -52,6 +52,13 @@ def test_end_point_error_of_known_flows() -> None:
     assert not exact.grad.any()  # and not NaN
 
 
+def test_end_point_error_leaves_out_what_a_network_padded() -> None:
+    true = Flows(torch.randn(1, 2, 2, 5, 6), torch.randn(1, 2, 2, 5, 6))
+    inside = Flows(*(way + 0.5 for way in true))
+    padded = Flows(*(torch.nn.functional.pad(way, (0, 2, 0, 3), value=100.0) for way in inside))
+    assert torch.equal(end_point_error(padded, true), end_point_error(inside, true))
+
+
 def test_end_point_error_takes_half_precision() -> None:
     """The embedded clips keep their flows as float16."""
     true = Flows(*torch.full((2, 1, 1, 2, 2, 2), 300.0).half().unbind(0))

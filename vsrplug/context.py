@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vsrplug.plugin import Plugin
 
+PaddingMode = Literal["replicate", "reflect"]
 Routes = Mapping[str, Sequence[tuple[str, "Plugin"]]]  # site -> (attach name, plug-in), in the order they were attached
 
 
@@ -70,7 +71,10 @@ class Context:
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """`"<attach name>/<loss>"` -> scalar, the mean over the sites and steps that reported it."""
+        """`"<attach name>/<loss>"` -> scalar, the mean over the sites and steps that reported it.
+
+        The backbone's own are `"backbone/<loss>"`.
+        """
         return {
             f"{attached}/{loss}": sum(values.values()) / len(values)  # type: ignore[misc]
             for (attached, loss), values in self._losses.items()
@@ -85,17 +89,18 @@ class Context:
         self._routes = routes
         self._learning = torch.is_grad_enabled()
 
-    def pad(self, multiple: int) -> Tensor:
+    def pad(self, multiple: int, mode: PaddingMode = "replicate") -> Tensor:
         """Frames (b, t, 3, h', w') with h' and w' multiples of `multiple`; masks and target are padded alike.
 
-        The last row and column are repeated to the bottom and right. Calling it again changes nothing, so a backbone
-        calls it first thing, whether or not the model around it did already.
+        The bottom and right get the last row and column again ("replicate") or the frame mirrored about them
+        ("reflect", any size: where a side is too short it is mirrored again). Calling it again changes nothing, so a
+        backbone calls it first thing, whether or not the model around it did already.
         """
         if self.target is not None:  # of the enlarged frames
-            self.target = _pad(self.target, multiple * (self.target.shape[-1] // self.frames.shape[-1]))
-        self.frames = _pad(self.frames, multiple)
+            self.target = _pad(self.target, multiple, mode, self.target.shape[-1] // self.frames.shape[-1])
+        self.frames = _pad(self.frames, multiple, mode)
         if self.masks is not None:
-            self.masks = _pad(self.masks, multiple)
+            self.masks = _pad(self.masks, multiple, mode)
         return self.frames
 
     def refine(self, site: str, feature: Tensor, t: int | None = None, **given: Any) -> Tensor:
@@ -124,14 +129,23 @@ class Context:
             feature = refined
         return feature
 
-    def add_loss(self, plugin: Plugin, name: str, value: Tensor, *, site: str, t: int | None = None) -> None:
+    def add_loss(self, plugin: Plugin | None, name: str, value: Tensor, *, site: str, t: int | None = None) -> None:
         """Report an auxiliary loss. The same (plug-in, name, site, t) again replaces the value, it never adds:
         gradient checkpointing runs a site twice.
+
+        Args:
+            plugin: whose loss it is; None for one of the backbone's own, which is then called `"backbone/<name>"`.
+            name: of the loss.
+            value: a scalar.
+            site: where it was computed.
+            t: time step, at frame sites.
 
         Raises:
             RuntimeError: the plug-in is not on the model of this pass.
         """
-        attached = next((known for routes in self._routes.values() for known, p in routes if p is plugin), None)
+        attached: str | None = "backbone"
+        if plugin is not None:
+            attached = next((known for routes in self._routes.values() for known, p in routes if p is plugin), None)
         if attached is None:
             raise RuntimeError(
                 f"this {type(plugin).__name__} reports the loss {name!r} to a pass it is not attached to; call the "
@@ -159,11 +173,27 @@ def _but_channels(clip: Tensor) -> tuple[int, ...]:
     return tuple(clip.shape[:2] + clip.shape[3:])
 
 
-def _pad(clip: Tensor, multiple: int) -> Tensor:
-    bottom, right = -clip.shape[-2] % multiple, -clip.shape[-1] % multiple
+def _pad(clip: Tensor, multiple: int, mode: PaddingMode, scale: int = 1) -> Tensor:
+    """`clip`, `scale` times as large as what is padded to `multiple`, with rows and columns that are there already."""
+    bottom, right = (-side % (scale * multiple) for side in clip.shape[-2:])
     if not (bottom or right):
+        return clip
+    if mode == "reflect":
+        for dim, more in ((-2, bottom), (-1, right)):
+            clip = clip.index_select(dim, _mirrored(clip.shape[dim], more, scale, clip.device))
         return clip
     frames = clip.flatten(0, 1)
     values = frames if frames.is_floating_point() else frames.float()  # masks may be bool, which torch does not pad
     padded = F.pad(values, (0, right, 0, bottom), mode="replicate")
     return padded.to(clip.dtype).unflatten(0, clip.shape[:2])
+
+
+def _mirrored(side: int, more: int, scale: int, device: torch.device) -> Tensor:
+    """Indices that lengthen a side by `more`, mirrored about its last low-resolution pixel, of `scale` pixels here."""
+    last = side // scale - 1
+    period = max(2 * last, 1)
+    position = torch.arange(last + 1 + more // scale, device=device) % period
+    away = (position > last)[:, None]  # on the way back, where the pixels within a low-resolution one turn round too
+    within = torch.arange(scale, device=device)
+    pixel = torch.where(away, period - position[:, None], position[:, None])
+    return (scale * pixel + torch.where(away, within.flip(0), within)).flatten()

@@ -28,7 +28,11 @@ def end_point_error(estimated: Flows, true: Flows) -> Tensor:
     It is sqrt(distance^2 + 1e-6), so 0.001 where the flow is exact: the root has no gradient at zero.
 
     Args:
-        estimated, true: each way (b, t-1, 2, h, w).
+        estimated: each way (b, t-1, 2, h', w'), h' >= h and w' >= w: those of a network that pads its frames go on to
+            the bottom and right of `true`, which does not count.
+        true: each way (b, t-1, 2, h, w).
     """
+    h, w = true.backward.shape[-2:]
     ways = zip(estimated, true, strict=True)
-    return sum(((e.float() - t.float()).square().sum(2) + 1e-6).sqrt().mean() for e, t in ways) / 2  # type: ignore[return-value]
+    distances = (((e[..., :h, :w].float() - t.float()).square().sum(2) + 1e-6).sqrt().mean() for e, t in ways)
+    return sum(distances) / 2  # type: ignore[return-value]

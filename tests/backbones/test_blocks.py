@@ -125,6 +125,15 @@ def test_head_is_its_layers_in_a_row(scale: int) -> None:
     torch.testing.assert_close(head.head(feature), plain(feature))
 
 
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+def test_head_adds_to_the_frames_at_the_size_of_the_result(scale: int) -> None:
+    head, feature, frames = Head(scale), torch.randn(2, 8, 5, 6), torch.rand(2, 3, 5, 6)
+    enlarged = nn.Upsample(scale_factor=scale, mode="bilinear")(frames) if scale > 1 else frames
+    torch.testing.assert_close(head.on_frames(feature, frames), head.head(feature) + enlarged, rtol=0, atol=1e-6)
+    large = torch.rand(2, 3, 5 * scale, 6 * scale)
+    assert torch.equal(head.on_frames(feature, large), head.head(feature) + large)
+
+
 def test_head_refuses_other_scales() -> None:
     with pytest.raises(ValueError, match="scale is 8; expected one of 1, 2, 3, 4"):
         Head(8)

@@ -200,7 +200,7 @@ def test_extracted_features_stand_in_for_extraction() -> None:
     with torch.no_grad():
         pyramid = network.extract(frames)
         assert [tuple(level.shape[-2:]) for level in pyramid] == [(8, 12), (4, 6), (2, 3)]
-        assert torch.equal(network(frames, pyramid=pyramid), network(frames))
+        assert torch.equal(network(frames, extracted=pyramid), network(frames))
 
 
 def test_windows_in_a_batch_do_not_meet() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vsrplug import Context, PluggedModel, Plugin, attach, load_plugins, save_plugins
-from vsrplug.backbones import EDVR, BasicVSR, SPyNet
+from vsrplug.backbones import EDVR, MANA, STVUN, BasicVSR, BasicVSRPlusPlus, IconVSR, LatentVSR, RealBasicVSR, SPyNet
 from vsrplug.plugins import (
     EFSTPlugin,
     FlowGuidedDeformableAlignmentPlugin,
@@ -31,6 +31,16 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "edvr": lambda: EDVR(C, frames=3, extract_blocks=1, reconstruct_blocks=1, deform_groups=4),
     "edvr_without_tsa": lambda: EDVR(C, frames=3, extract_blocks=1, reconstruct_blocks=1, deform_groups=4, tsa=False),
     "basicvsr": lambda: BasicVSR(C, 1, flow=SPyNet(levels=2, widths=(4, 4)), reconstruction_channels=8),
+    "iconvsr": lambda: IconVSR(
+        C, 1, temporal_padding=0, flow=SPyNet(levels=2, widths=(4, 4)), reconstruction_channels=8
+    ),
+    "basicvsr_pp": lambda: BasicVSRPlusPlus(
+        C, 1, propagation=("backward", "forward"), flow=SPyNet(levels=2, widths=(4, 4)), reconstruction_channels=8
+    ),
+    "real_basicvsr": lambda: RealBasicVSR(C, 1, 1, flow=SPyNet(levels=2, widths=(4, 4)), reconstruction_channels=8),
+    "latent_vsr": lambda: LatentVSR(C, layers=2, length=2),
+    "mana": lambda: MANA(C, frames=3, encoder_blocks=1, decoder_blocks=1, memory_size=8, groups=4),
+    "stvun": lambda: STVUN(C, frames=3, times=(0.5,), flow=SPyNet(levels=2, widths=(4, 4))),
 }
 
 
@@ -50,7 +60,7 @@ class Row(NamedTuple):
 
 
 PLUGINS = {
-    "efst": Row(EFSTPlugin, {"frames": 3}, where="^(features|aligned|fused)$"),
+    "efst": Row(EFSTPlugin, {"frames": 3}, where="^(features|aligned|attended|fused)$"),
     "flow_guided_deformable_alignment": Row(FlowGuidedDeformableAlignmentPlugin, {}, where="_warped$"),
     "gaussian_cross_frame_attention": Row(GaussianCrossFrameAttentionPlugin, {"frames": 3, "groups": 4}),
     "image_cleaning": Row(ImageCleaningPlugin, {"width": 8, "blocks": 1}, where="^input$", channels=3, target=True),
@@ -82,6 +92,9 @@ PAIRS = [
     for backbone, make in BACKBONES.items()
     if set(served(row, make())) & set(row.make.default_sites)
 ]
+
+# Their code at the sites is another's: compiling takes seconds.
+LIKE_ANOTHER = {"edvr_without_tsa", "iconvsr", "basicvsr_pp", "real_basicvsr"}
 
 
 def noisy(name: str) -> nn.Module:
@@ -159,7 +172,7 @@ def test_odd_sizes_and_single_frames(plugin: str, backbone: str) -> None:
         frames = clip(t, h, w)
         model = build(plugin, network)
         out = run(model, frames, plugin)[0]
-        assert out.shape == (2, 1, 3, 4 * h, 4 * w)
+        assert (len(out), *out.shape[2:]) == (2, 3, 4 * h, 4 * w)
         assert torch.equal(out, network(frames))
 
 
@@ -214,18 +227,19 @@ def test_several_plugins_on_one_site_run_in_order(backbone: str) -> None:
     network = noisy(backbone).eval()
     frames = clip()
     bank = PLUGINS["memory_bank"]
-    one = bank.make(C, sites=("fused",), **bank.arguments)
-    two = bank.make(C, sites=("fused",), **bank.arguments)
+    site = next(site for site in ("fused", "attended", "layer1") if site in network.sites)
+    one = bank.make(C, sites=(site,), **bank.arguments)
+    two = bank.make(C, sites=(site,), **bank.arguments)
     model = awake(attach(network, one=one, two=two)).eval()
     reverse = attach(network, two=two, one=one).eval()
     context = Context(frames)
     out = model(frames, context)
-    assert set(context.losses) == {"one/quantisation", "two/quantisation"}
+    assert context.losses.keys() - {"backbone/quantisation"} == {"one/quantisation", "two/quantisation"}
     assert not torch.equal(out, reverse(frames))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("plugin", "backbone"), [pair for pair in PAIRS if "edvr_without_tsa" not in pair.values])
+@pytest.mark.parametrize(("plugin", "backbone"), [pair for pair in PAIRS if not set(pair.values) & LIKE_ANOTHER])
 def test_compiles_without_a_graph_break(plugin: str, backbone: str) -> None:
     torch._dynamo.reset()  # the limit on recompilations counts over the whole process
     model = awake(build(plugin, noisy(backbone))).eval()
