@@ -41,16 +41,25 @@ def same(first: Path, second: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+STAGED = [
+    "tuning=staged", "tuning.phases.plugins.steps=4", "+tuning.phases.plugins.freeze=['*.seem.*']",
+    "++tuning.phases.all.steps=5", "++tuning.phases.end={rates:{backbone.forward_trunk.*:0.125}}",
+]  # fmt: skip
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "tuning", [["tuning=full", "+tuning.rates={backbone.forward_trunk.*: 0.125}"], STAGED], ids=["full", "staged"]
+)
 def test_a_run_killed_at_a_random_moment_and_resumed_gives_the_same_weights(
-    job: Job, tmp_path: Path, tiny: dict[str, list[str]]
+    job: Job, tmp_path: Path, tiny: dict[str, list[str]], tuning: list[str]
 ) -> None:
     """Averages, schedule, rates, clipping, SEEM's masks, an auxiliary loss and the whole backbone at once."""
     overrides = [
         *tiny["train"],
-        *("plugins=[seem,memory_bank]", "tuning=full", "callbacks=ema", "callbacks.ema.decay=0.9"),
+        *("plugins=[seem,memory_bank]", *tuning, "callbacks=ema", "callbacks.ema.decay=0.9"),
         *("trainer.max_steps=14", "trainer.gradient_clip_val=0.5"),
-        *("+losses.weights={*/quantisation: 0.1}", "+tuning.rates={backbone.forward_trunk.*: 0.125}"),
+        "+losses.weights={*/quantisation: 0.1}",
     ]
     train.run(job("train", tmp_path / "whole", *overrides))
     command = [*COMMAND, "train", *overrides, f"hydra.run.dir={tmp_path / 'killed'}"]
@@ -162,6 +171,22 @@ def test_full_tuning_without_plugins_leaves_a_backbone(job: Job, tmp_path: Path,
     assert evaluate.run(job("evaluate", again, *tiny["evaluate"], *overrides)) == written["psnr"]
 
 
+@pytest.mark.parametrize("tuning", ["lora", "plugins_and_bias"])
+def test_what_is_tuned_without_plugins_is_a_small_file(
+    job: Job, tmp_path: Path, tiny: dict[str, list[str]], tuning: str
+) -> None:
+    overrides = ["plugins=none", f"tuning={tuning}", "trainer.max_steps=2", "backbone=basicvsr_tiny"]
+    train.run(job("train", tmp_path, *tiny["train"], *overrides))
+    written = figures(tmp_path)
+    names = set(load_file(tmp_path / "plugins.safetensors"))
+    assert names
+    assert all((".lora_" in name) if tuning == "lora" else name.endswith(".bias") for name in names)
+    assert (tmp_path / "backbone.safetensors").exists() is (tuning != "lora")  # under LoRA it is what it was
+    given = ["backbone=basicvsr_tiny", f"plugins_file={tmp_path / 'plugins.safetensors'}"]
+    assert evaluate.run(job("evaluate", tmp_path / "again", *tiny["evaluate"], *given)) == written["psnr"]
+    assert written["psnr"] != written["compared"]["backbone"]["psnr"]
+
+
 def test_a_window_network_takes_the_same_choices(job: Job, tmp_path: Path, tiny: dict[str, list[str]]) -> None:
     """Longer training clips than its window, validation and evaluation of whole clips."""
     small = ["backbone=edvr", "backbone.channels=32", "backbone.extract_blocks=1", "backbone.reconstruct_blocks=1"]
@@ -209,7 +234,7 @@ def test_a_sweeps_folders_are_called_after_the_choices(
     monkeypatch.setattr(train, "run", lambda cfg: (build.output_dir() / "here").touch())
     vsrplug("train", "-m", "backbone=basicvsr,edvr", "plugins=none,[seem,memory_bank]", "seed=0")
     assert {path.parent.name for path in tmp_path.glob("sweeps/*/*/here")} == {
-        f"backbone={backbone},plugins={plugins},seed=0"
+        f"backbone={backbone},plugins={plugins}"
         for backbone in ("basicvsr", "edvr")
         for plugins in ("none", "seem+memory_bank")
     }

@@ -47,6 +47,8 @@ def command(config: str, run: Callable[[DictConfig], Any]) -> None:
     `HYDRA_FULL_ERROR=1` shows the traceback.
     """
 
+    from vsrplug.commands import sweep  # which stands on this file
+
     @hydra.main(version_base="1.3", config_path="pkg://vsrplug.conf", config_name=config)
     def application(cfg: DictConfig) -> Any:
         quieten_lightning()
@@ -55,12 +57,18 @@ def command(config: str, run: Callable[[DictConfig], Any]) -> None:
             check_keys(cfg, config)
             return run(cfg)
         except KnownError as error:
+            message = f"{describe_error(error)}{_remedy(cfg, error)}"
+            if sweep.in_sweep() and not isinstance(error, InterruptedError):
+                sweep.mark_failed(output_dir(), error, message)
+                print(f"vsrplug {config}: {message}\nThe sweep goes on without {output_dir()}", file=sys.stderr)
+                return float("nan")
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            raise SystemExit(f"vsrplug {config}: {describe_error(error)}{_remedy(cfg, error)}") from None
+            raise SystemExit(f"vsrplug {config}: {message}") from None
         finally:
             del sys.argv[1]
 
+    sys.argv[1:] = sweep.name_folders(sys.argv[1:])
     application()
 
 
@@ -68,7 +76,8 @@ def quieten_lightning() -> None:
     """Keep Lightning's warnings, but not its advertising, nor what does not apply here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices it found, a tip to install its logger
     # Samples come from memory, and a resumed run goes on in the folder it left: neither is a mistake.
-    for message in ("does not have many workers", "exists and is not empty"):
+    # Frozen normalisation layers are in eval mode on purpose.
+    for message in ("does not have many workers", "exists and is not empty", r"module\(s\) in eval mode at the start"):
         warnings.filterwarnings("ignore", message=f".*{message}")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from vsrplug.commands import build
+from vsrplug.commands import build, sweep
 from vsrplug.degradations import crop_to_multiple
 from vsrplug.evaluation import Report, eval_mode, evaluate, restore
 from vsrplug.metrics import psnr
@@ -58,11 +58,18 @@ def report(
         networks["with plug-ins" if model.plugins else "backbone"] = (model, masks)
     reports = {}
     for name, (network, source) in networks.items():
-        bar, device = console.is_terminal, build.device()
-        reports[name] = evaluate(clip_network(network), protocol, masks=source, device=device, progress=bar)
+
+        def measure(network: nn.Module = network, source: Any = source) -> Report:
+            bar, device = console.is_terminal, build.device()
+            return evaluate(clip_network(network), protocol, masks=source, device=device, progress=bar)
+
+        trained = network is model and any(p.requires_grad for p in model.parameters())
+        key = sweep.key_of(cfg, masks=source is not None)
+        reports[name] = measure() if trained else sweep.measured_once(key, network, measure)
     final = list(reports.values())[-1]
     figures = final.to_dict() | {
         "seed": cfg.seed,
+        "job": sweep.digest(cfg),
         "parameters": parameters or build.count_parameters(model),
         "versions": build.versions(),
         "choices": build.choices() | {"plugins": ",".join(model.plugins) or "none"},

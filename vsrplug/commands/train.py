@@ -10,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 
-from vsrplug.commands import build
+from vsrplug.commands import build, sweep
 from vsrplug.commands.describe import summary
 from vsrplug.commands.outcome import report
+from vsrplug.lora import LoRA, base_state
 from vsrplug.module import VSRModule
 from vsrplug.plugged import PluggedModel, fingerprint
 from vsrplug.plugin_files import save_plugins, write_safetensors
@@ -27,10 +28,18 @@ def run(cfg: DictConfig) -> float:
     """Train, save, measure; returns the PSNR, which is what a search maximises.
 
     A run that was killed goes on from its last checkpoint when the same folder is given again
-    (`hydra.run.dir=...`), with the weights, samples and noise it would have had.
+    (`hydra.run.dir=...`), with the weights, samples and noise it would have had. A sweep's folder is named after its
+    choices: the same command again skips the jobs that were finished, and goes on with the others.
     """
     console = Console(stderr=True, quiet=rank_zero_only.rank > 0)
     folder = build.output_dir()
+    if sweep.in_sweep():
+        done = sweep.finished(cfg, folder)
+        if done is not None:
+            console.print(f"Done before: {folder}", soft_wrap=True)
+            return done
+        (folder / sweep.FAILED).unlink(missing_ok=True)
+        sweep.share_machine()
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.make_model(cfg)
     first = deepcopy(model.backbone)
@@ -46,7 +55,7 @@ def run(cfg: DictConfig) -> float:
         seed=cfg.seed,
     )
     console.print(summary(model))
-    parameters = build.count_parameters(model)
+    parameters = build.count_parameters(model) | {"trainable": module.trainable}  # in one phase or another
     if module.trainable:
         fit(cfg, module, folder, console)
         if rank_zero_only.rank > 0:  # one process saves and measures
@@ -86,9 +95,12 @@ def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> N
 
 
 def save(model: PluggedModel, folder: Path) -> None:
-    """`plugins.safetensors`, and `backbone.safetensors` where the backbone learned."""
-    if model.plugins:
+    """What learned: `plugins.safetensors` (plug-ins, low-rank layers and single entries of the backbone, such as its
+    biases), and the whole `backbone.safetensors` where something of the backbone itself learned."""
+    now = fingerprint(model.backbone)
+    changed = [key for key in now if now[key] != model.fingerprint[key]]
+    if model.plugins or LoRA.of(model.backbone) or 0 < len(changed) < len(now):
         save_plugins(model, folder / "plugins.safetensors")
-    if fingerprint(model.backbone) != model.fingerprint:
-        state = {key: value.detach().cpu().contiguous() for key, value in model.backbone.state_dict().items()}
+    if changed:
+        state = {key: value.detach().cpu().contiguous() for key, value in base_state(model.backbone).items()}
         write_safetensors(state, folder / "backbone.safetensors")

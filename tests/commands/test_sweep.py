@@ -1,0 +1,152 @@
+"""Sweeps: done once, failures marked, killed twice and still the same table."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+
+from vsrplug.commands import build, outcome, sweep, train
+
+COMMAND = [sys.executable, "-c", "from vsrplug.commands import main; main()"]
+
+
+def figures(folder: Path) -> dict[str, dict[str, Any]]:
+    """Job -> what it measured, times left out."""
+    found = {}
+    for file in folder.glob("sweeps/*/*/metrics.json"):
+        figures = json.loads(file.read_text())
+        found[file.parent.name] = {key: value for key, value in figures.items() if "seconds" not in key}
+    return found
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VSRPLUG_RUNS", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_twice_ends_with_the_figures_of_an_undisturbed_one(
+    tmp_path: Path, tiny: dict[str, list[str]]
+) -> None:
+    """Twelve jobs: two plug-ins and none, two ways of tuning, two seeds."""
+    arguments = ["train", "-m", "plugins=none,memory_bank,efst", "tuning=plugins_only,full", "seed=0,1"]
+    arguments += [*tiny["train"], "trainer.max_steps=4"]
+
+    def run(folder: str, kill_after: float | None = None) -> str:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "VSRPLUG_RUNS": str(tmp_path / folder), "COLUMNS": "200"}
+        running = subprocess.Popen([*COMMAND, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+        if kill_after is not None:
+            while len(figures(tmp_path / folder)) < 2 and running.poll() is None:
+                time.sleep(0.05)
+            time.sleep(kill_after)
+            running.send_signal(signal.SIGKILL)
+        errors = running.communicate()[1]
+        assert running.returncode == (0 if kill_after is None else -signal.SIGKILL), errors
+        return errors
+
+    run("whole")
+    whole = figures(tmp_path / "whole")
+    kinds = [f"plugins={p},seed={s},tuning={t}" for p in ("none", "memory_bank", "efst") for s in (0, 1)
+             for t in ("plugins_only", "full")]  # fmt: skip
+    assert sorted(whole) == sorted(kinds)
+    chance = random.SystemRandom()
+    run("killed", chance.uniform(0, 3))
+    before = figures(tmp_path / "killed")
+    assert 2 <= len(before) < 12
+    run("killed", chance.uniform(0, 3))
+    errors = run("killed")
+    assert errors.count("Done before: ") >= len(before)
+    assert figures(tmp_path / "killed") == whole
+    assert "Done before" in run("killed")
+
+
+def test_folders_of_a_sweep_are_named_after_its_command_and_of_a_job_after_what_is_swept() -> None:
+    arguments = ["-m", "plugins=none,[seem,memory_bank]", "seed=0,1", "trainer.max_steps=4", "hydra/launcher=joblib"]
+    folder, left_out = sweep.name_folders(arguments)[len(arguments) :]
+    assert folder == "hydra.sweep.dir='${paths.runs}/sweeps/plugins=none,seem+memory_bank,seed=0,1,trainer.max_steps=4'"
+    assert left_out == "hydra.job.config.override_dirname.exclude_keys=['trainer.max_steps']"
+    for given in (["plugins=none"], [*arguments, "hydra.sweep.dir=/somewhere"]):
+        assert sweep.name_folders(given) == given
+    assert len(sweep.name_folders(["-m", "plugins=[none"])) == 3  # the rest is for Hydra to say
+
+
+def test_failed_jobs_are_marked_and_the_others_finish(
+    vsrplug: Callable[..., None], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = {1: ValueError("no such thing; try another"), 2: RuntimeError("something broke")}
+
+    def run(cfg: DictConfig) -> float:
+        if cfg.seed in failing:
+            raise failing[cfg.seed]
+        build.write_json({"psnr": 1.0}, build.output_dir() / "metrics.json")
+        return 1.0
+
+    monkeypatch.setattr(train, "run", run)
+    vsrplug("train", "-m", "seed=0,1,2,3")
+    assert set(figures(runs)) == {"seed=0", "seed=3"}
+    (folder,) = runs.glob("sweeps/*")
+    failed = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/failed.json")}
+    assert {name: marked["error"].partition(" (")[0] for name, marked in failed.items()} == {
+        "seed=1": "no such thing; try another",
+        "seed=2": "something broke",
+    }
+    assert "ValueError: no such thing" in failed["seed=1"]["traceback"]
+    assert failed["seed=1"]["choices"]["backbone"] == "basicvsr_tiny"
+    assert f"vsrplug train: no such thing; try another\nThe sweep goes on without {folder}/seed=1" in (
+        capsys.readouterr().err
+    )
+
+
+def test_ctrl_c_stops_the_whole_sweep(
+    vsrplug: Callable[..., None], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(cfg: DictConfig) -> float:
+        raise InterruptedError("interrupted; go on with the same command")
+
+    monkeypatch.setattr(train, "run", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; go on"):
+        vsrplug("train", "-m", "seed=0,1")
+    assert not list(runs.glob("sweeps/*/*/failed.json"))
+
+
+def test_what_seeds_have_in_common_is_measured_once_and_every_job_has_its_figures(
+    vsrplug: Callable[..., None], runs: Path, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, list[str]]
+) -> None:
+    measured: list[str] = []
+    evaluate = outcome.evaluate
+
+    def counting(model: Any, *arguments: Any, **keywords: Any) -> Any:
+        measured.append(type(getattr(model, "backbone", model)).__name__)
+        return evaluate(model, *arguments, **keywords)
+
+    monkeypatch.setattr(outcome, "evaluate", counting)
+    small = [argument for argument in tiny["train"] if not argument.startswith("backbone=")]
+    vsrplug("train", "-m", "backbone=basicvsr_tiny", "plugins=none", "tuning=plugins_only", "seed=0,1,2", *small)
+    assert sorted(measured) == ["BasicVSR", "Bicubic"]
+    found = figures(runs)
+    assert len(found) == 3
+    assert len({json.dumps(job["clips"]) for job in found.values()}) == 1
+    assert {job["seed"] for job in found.values()} == {0, 1, 2}
+
+
+def test_a_job_is_finished_only_with_the_same_configuration(tmp_path: Path, job: Callable[..., DictConfig]) -> None:
+    cfg = job("train", tmp_path, "seed=1")
+    assert sweep.finished(cfg, tmp_path) is None
+    build.write_json({"psnr": 31.5, "job": sweep.digest(cfg)}, tmp_path / "metrics.json")
+    assert sweep.finished(cfg, tmp_path) == 31.5
+    assert sweep.finished(job("train", tmp_path, "seed=1", "paths.runs=elsewhere"), tmp_path) == 31.5
+    assert sweep.finished(job("train", tmp_path, "seed=2"), tmp_path) is None
+    (tmp_path / "metrics.json").write_text("{")
+    assert sweep.finished(cfg, tmp_path) is None
