@@ -67,7 +67,7 @@ class _FrozenConvolution(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
         ctx.save_for_backward(weight)  # the parameter itself: under autocast not a copy in half precision for each call
-        ctx.shape, ctx.strides, ctx.dtype = x.shape, x.stride(), x.dtype
+        ctx.shape, ctx.strides = x.shape, x.stride()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,7 +78,7 @@ class _FrozenConvolution(torch.autograd.Function):
         grad_input, _, _ = torch.ops.aten.convolution_backward(
             grad, unread, weight.to(grad.dtype), None, *geometry, (True, False, False)
         )
-        return grad_input.to(ctx.dtype), None, None, None, None, None, None
+        return grad_input, None, None, None, None, None, None
 
 
 def relu_before(following: nn.Module, x: Tensor) -> Tensor:
