@@ -92,8 +92,8 @@ class Trainee:
 
         def pack(tensor: Tensor) -> Tensor:
             if tensor.untyped_storage().data_ptr() not in own:
-                storages[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
+                storages[tensor.untyped_storage().data_ptr()] = tensor.detach()
+            return tensor.detach()  # the tensor itself would hold the node that holds it, for good
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             self.loss(*self.size)

@@ -134,8 +134,8 @@ def test_residual_blocks_keep_what_enters_them() -> None:
 
         def pack(tensor: Tensor) -> Tensor:
             if tensor.data_ptr() not in own:
-                storages[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
+                storages[tensor.untyped_storage().data_ptr()] = tensor.detach()
+            return tensor.detach()  # the tensor itself would hold the node that holds it, for good
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             everything(model)
