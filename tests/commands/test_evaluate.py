@@ -59,8 +59,8 @@ def test_metrics_json_says_what_was_measured_and_with_what(
     assert written["versions"]["vsrplug"] == library.__version__
     assert {"backbone": "basicvsr_tiny_untrained", "plugins": "memory_bank"}.items() <= written["choices"].items()
     bicubic = measure(Bicubic(4), protocol, progress=False)
-    assert written["compared"]["bicubic"] == pytest.approx({"psnr": bicubic.psnr, "ssim": bicubic.ssim})
-    assert written["compared"]["backbone"] == {"psnr": written["psnr"], "ssim": written["ssim"]}
+    assert written["compared"]["bicubic"] == {"psnr": bicubic.psnr, "ssim": bicubic.ssim, "clips": bicubic.clips}
+    assert written["compared"]["backbone"] == {key: written[key] for key in ("psnr", "ssim", "clips")}
     rows = [line for line in capsys.readouterr().err.splitlines() if "│" in line]
     assert [row.split()[1] for row in rows] == ["bicubic", "backbone", "with"]
     assert rows[1].split("│")[2].strip() == f"{report.psnr:.3f}"
