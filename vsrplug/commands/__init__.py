@@ -12,7 +12,9 @@ COMMANDS = {
     "evaluate": "measure a backbone, with or without plug-ins, under a named protocol",
     "upscale": "super-resolve a video file or a folder of frames",
     "masks": "make the object masks of clips once, for training to read",
+    "motion": "list the clips of a set that move most",
     "merge": "write a backbone and what was tuned on it as one ordinary checkpoint",
+    "report": "one table and a page of what the runs in a folder left",
     "describe": "print sites, plug-ins, what learns, and what it costs, before anything runs",
     "demo": "two minutes: tune plug-ins on the embedded clips, compare, detach",
 }
@@ -28,6 +30,7 @@ USAGE = "\n".join(
         "vsrplug COMMAND --help      groups, choices and defaults of a command",
         "vsrplug COMMAND --cfg job   the whole configuration it would run with",
         "vsrplug train -m plugins=seem,memory_bank seed=0,1,2     every combination, one after another",
+        "vsrplug report runs/sweeps/NAME                          what came of them",
         "",
         "Data folders are looked for in paths.data, which defaults to the variable VSRPLUG_DATA.",
         "HYDRA_FULL_ERROR=1 shows the traceback of an error.",

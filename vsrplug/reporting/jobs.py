@@ -1,0 +1,208 @@
+"""The jobs of a folder: those done, failed, not finished, and, of a sweep, those never started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .figures import Figures, read_figures
+from .plan import planned
+
+State = Literal["done", "failed", "not finished", "not started"]
+STATES: tuple[State, ...] = ("done", "failed", "not finished", "not started")
+COLUMNS = ("backbone", "plugins", "tuning", "protocol")  # groups with a column of their own
+ELSEWHERE = ("seed", "paths", "logger", "hydra")  # keys that make no other combination of a job
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a network: what it was asked for, and what came of it.
+
+    Args:
+        name: its folder, seen from the folder that was read; its overrides where it has none yet.
+        state: done, failed, not finished (killed, or running), not started.
+        backbone, plugins, tuning, protocol: the words they were chosen with; a protocol's own name.
+        seed: None where it is not known.
+        overrides: what it was given on the command line, as `key=value`.
+        words: group -> option of the groups that have no column of their own, such as masks and experiment.
+        settings: the whole configuration, `"a.b.c"` -> value, without seed, paths and logger, which make no other
+            combination.
+        known: whether `settings` are whole. They are not for a job that was never started.
+        folder: None for a job that was never started.
+        figures: of a job that is done.
+        error, traceback: of a job that failed.
+        when: when it came to its end, seconds since the epoch.
+    """
+
+    name: str
+    state: State
+    backbone: str
+    plugins: str
+    tuning: str
+    protocol: str
+    seed: int | None
+    overrides: tuple[str, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+    known: bool = True
+    folder: Path | None = None
+    figures: Figures | None = None
+    error: str = ""
+    traceback: str = ""
+    when: float = 0.0
+
+    @property
+    def label(self) -> tuple[str, str, str, str]:
+        """What a row is called."""
+        return self.protocol, self.backbone, self.plugins, self.tuning
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """Every job under a folder, in the order of their paths; then those that a sweep's command names and nobody began.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no run has left anything in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; expected that of a sweep, or of several runs")
+    found = chain(
+        (path.parent for name in ("metrics.json", "failed.json") for path in folder.rglob(name)),
+        (path.parent.parent for path in folder.rglob(".hydra/overrides.yaml")),
+    )
+    jobs = [_read_job(path, folder) for path in sorted(set(found))]
+    for sweep in sorted(folder.rglob("multirun.yaml")):
+        begun = [job for job in jobs if job.folder and sweep.parent in job.folder.parents]
+        jobs += _not_started(sweep, begun)
+    if not jobs:
+        raise ValueError(
+            f"no run has left anything in {folder}: expected folders with metrics.json, such as "
+            "`vsrplug train -m plugins=none,seem tuning=full` leaves in runs/sweeps"
+        )
+    return jobs
+
+
+def _read_job(folder: Path, top: Path) -> Job:
+    overrides = tuple(_load(folder / ".hydra" / "overrides.yaml") or ())
+    config = _load(folder / ".hydra" / "config.yaml") or {}
+    choices = ((_load(folder / ".hydra" / "hydra.yaml") or {}).get("hydra") or {}).get("runtime", {}).get("choices", {})
+    state: State = "not finished"
+    figures, error, traceback, end = None, "", "", folder
+    if (folder / "metrics.json").exists():
+        end = folder / "metrics.json"
+        choices = choices or _json(end).get("choices", {})
+        try:
+            figures = read_figures(end)
+            state = "done"
+        except ValueError as reason:
+            state, error = "failed", str(reason)
+    elif (folder / "failed.json").exists():
+        end, state = folder / "failed.json", "failed"
+        failure = _json(end)
+        choices = choices or failure.get("choices", {})
+        error, traceback = str(failure.get("error", "failed.json cannot be read")), str(failure.get("traceback", ""))
+    chosen = {group: str(option) for group, option in choices.items()}
+    words = chosen | _assigned(overrides)
+    attached = (figures and figures.plugins) or ",".join(config.get("plugins") or ())
+    settings = dict(_flat(config)) or {group: word for group, word in words.items() if group.isidentifier()}
+    seed = config.get("seed", words.get("seed", _json(end).get("seed") if figures else None))
+    return Job(
+        name=folder.relative_to(top).as_posix(),
+        state=state,
+        backbone=words.get("backbone", "-"),
+        plugins=_joined(words.get("plugins", "")) or _joined(attached) or "none",
+        tuning=words.get("tuning", "-"),
+        protocol=figures.protocol if figures else settings.get("protocol.name", words.get("protocol", "-")),
+        seed=None if seed is None else int(seed),
+        overrides=overrides,
+        words={group: words[group] for group in chosen if group.isidentifier() and group not in (*COLUMNS, *ELSEWHERE)},
+        settings=_kept(settings),
+        folder=folder,
+        figures=figures,
+        error=error,
+        traceback=traceback,
+        when=end.stat().st_mtime,
+    )
+
+
+def _not_started(sweep: Path, begun: list[Job]) -> list[Job]:
+    """A job that lacks only the seed of another has the other's configuration; of the rest only the words are known."""
+    kin = {frozenset(_unseeded(job.overrides)): job for job in reversed(begun)}
+    there = {frozenset(job.overrides) for job in begun}
+    config = _load(sweep) or {}
+    hydra: Mapping[str, Any] = config.get("hydra") or {}
+    chosen = {group: str(option) for group, option in hydra.get("runtime", {}).get("choices", {}).items()}
+    jobs = []
+    for overrides in planned(hydra):
+        if frozenset(overrides) in there:
+            continue
+        words = chosen | _assigned(overrides)
+        seed = words.get("seed", config.get("seed"))
+        missing = Job(
+            name=" ".join(overrides),
+            state="not started",
+            backbone=words.get("backbone", "-"),
+            plugins=_joined(words.get("plugins", "")) or "none",
+            tuning=words.get("tuning", "-"),
+            protocol=words.get("protocol", "-"),
+            seed=int(seed) if seed is not None and str(seed).lstrip("-").isdigit() else None,
+            overrides=overrides,
+            settings=_kept({k: word for k, word in _assigned(overrides).items() if k not in (*chosen, *COLUMNS)}),
+            known=False,
+        )
+        twin = kin.get(frozenset(_unseeded(overrides)))
+        if twin is not None:
+            names = {key: getattr(twin, key) for key in COLUMNS}
+            missing = replace(missing, words=twin.words, settings=twin.settings, known=twin.known, **names)
+        jobs.append(missing)
+    return jobs
+
+
+def _unseeded(overrides: Iterable[str]) -> list[str]:
+    return [override for override in overrides if not override.startswith("seed=")]
+
+
+def _assigned(overrides: Iterable[str]) -> dict[str, str]:
+    pairs = (override.lstrip("+~").partition("=") for override in overrides)
+    return {key: value for key, _, value in pairs}
+
+
+def _kept(settings: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in settings.items() if key.split(".")[0] not in ELSEWHERE}
+
+
+def _joined(plugins: str) -> str:
+    """`[seem,memory_bank]` -> `seem + memory_bank`."""
+    names = [name.strip() for name in plugins.strip("[]").split(",")]
+    return " + ".join(name for name in names if name not in ("", "none", "None"))
+
+
+def _flat(tree: Any, path: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    elif path:
+        yield path, str(tree)
+
+
+def _load(path: Path) -> Any:
+    """A yaml of Hydra's, interpolations as they stand; None where there is none or it was cut short."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a hundred times faster, which counts in a large sweep
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
