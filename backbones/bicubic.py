@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 
 from vsrplug.context import Context
 from vsrplug.site import SiteSpec
+from vsrplug.space_time import checked_times
 
 REACH = 2  # pixels on each side that the cubic kernel reads
 
 
 class Bicubic(nn.Module):
     """Each frame enlarged as MATLAB's `imresize(x, s)` does: cubic kernel with a = -0.5, half-sample symmetric border.
+
+    Frames in between are blends of their two neighbours.
 
     Site: `input`, the frames.
 
@@ -29,6 +33,7 @@ class Bicubic(nn.Module):
     window: ClassVar[int | None] = None
     multiple: ClassVar[int] = 1
     channels: ClassVar[int] = 3
+    times: ClassVar[tuple[float, ...]] = ()
 
     def __init__(self, scale: int = 4) -> None:
         super().__init__()
@@ -37,10 +42,27 @@ class Bicubic(nn.Module):
         self.scale = scale
         self.sites = {"input": SiteSpec(3, "clip")}
 
-    def forward(self, frames: Tensor, context: Context | None = None) -> Tensor:
-        """(b, t, 3, h, w) in [0, 1] -> (b, t, 3, s h, s w), not clamped: the kernel overshoots at edges."""
+    def forward(self, frames: Tensor, context: Context | None = None, times: Sequence[float] = ()) -> Tensor:
+        """Enlarge every frame.
+
+        Args:
+            frames: (b, t, 3, h, w) in [0, 1].
+            context: of this pass.
+            times: where between each frame, 0, and the next, 1, to blend the two; the last frame is its own next.
+
+        Returns:
+            (b, t, 3, s h, s w), not clamped: the kernel overshoots at edges. With `times`, (1 + len(times)) t frames:
+            the first, those after it, the second.
+
+        Raises:
+            ValueError: times that are not between the two frames.
+        """
         context = Context(frames) if context is None else context
         clip = context.refine("input", context.pad(self.multiple))
+        if times:
+            following = torch.cat([clip[:, 1:], clip[:, -1:]], dim=1)
+            blends = (torch.lerp(clip, following, time) for time in checked_times(times))
+            clip = torch.stack([clip, *blends], dim=2).flatten(1, 2)
         b, t, _, h, w = clip.shape
         # float32 at least: bfloat16 has fewer digits than an 8-bit frame needs
         images = clip.flatten(0, 1).to(torch.promote_types(clip.dtype, torch.float32))

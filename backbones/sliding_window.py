@@ -65,16 +65,22 @@ class SlidingWindow(nn.Module):
         """Those of the model, where its own plug-ins are."""
         return self.model.sites  # type: ignore[return-value]
 
-    def forward(self, frames: Tensor, context: Context | None = None) -> Tensor:
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Those of the network, where it makes frames in between."""
+        return self._network.times  # type: ignore[return-value]
+
+    def forward(self, frames: Tensor, context: Context | None = None, **keywords: Any) -> Tensor:
         """Super-resolve every frame.
 
         Args:
             frames: (b, t, 3, h, w) in [0, 1].
             context: a fresh `Context(frames, masks=...)` where plug-ins need more than frames, or whose losses are read
                 afterwards.
+            keywords: handed to the network with every window, such as the `times` of `STVUN`.
 
         Returns:
-            (b, t, 3, s h, s w), not clamped.
+            (b, t, 3, s h, s w), not clamped; n t frames, in order of time, where the network gives n for each window.
 
         Raises:
             ValueError: a clip too short for the padding, or the context belongs to other frames.
@@ -99,11 +105,11 @@ class SlidingWindow(nn.Module):
         restored = []
         for t, window in enumerate(windows):
             passed = Context(padded[:, window], _cut(context.masks, window), context.keys, _cut(context.target, window))
-            keywords = {}
+            given = dict(keywords)
             if shared:
                 known = {frame: features for frame, features in known.items() if frame in window}
-                keywords["extracted"] = _window_features(network, padded, window, known)
-            restored.append(self.model(passed.frames, passed, **keywords))
+                given["extracted"] = _window_features(network, padded, window, known)
+            restored.append(self.model(passed.frames, passed, **given))
             for name, value in passed.losses.items():
                 attached, loss = name.split("/", 1)
                 own = None if attached == "backbone" else plugins[attached]

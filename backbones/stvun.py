@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vsrplug.context import Context
 from vsrplug.site import SiteSpec
+from vsrplug.space_time import checked_times
 
 from ..plugins._blocks import warp
 from ..plugins.efst import EFST
@@ -196,24 +197,6 @@ def intermediate_flows(there: Tensor, back: Tensor, time: float) -> tuple[Tensor
         time: 0 at the first frame, 1 at the second.
     """
     return time**2 * back - (1 - time) * time * there, (1 - time) ** 2 * there - time * (1 - time) * back
-
-
-def checked_times(times: Sequence[float]) -> tuple[float, ...]:
-    """The times as a tuple.
-
-    Raises:
-        TypeError: a number, not a sequence of them.
-        ValueError: one that is not between 0 and 1.
-    """
-    if isinstance(times, (int, float)):
-        raise TypeError(f"times is a sequence of numbers, got {times!r}; write times=({times!r},)")
-    for time in times:
-        if not 0 < time < 1:
-            raise ValueError(
-                f"times lie between the centre frame, 0, and the next, 1, got {time!r}; the centre frame comes first "
-                "in any case, and the next is the centre of the next window"
-            )
-    return tuple(times)
 
 
 def _between(pair: Tensor, flows: tuple[Tensor, Tensor]) -> Tensor:

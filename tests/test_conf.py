@@ -20,6 +20,7 @@ from vsrplug import backbones, conf
 from vsrplug.commands import build
 from vsrplug.degradations import BD, BDDUF, BI, STVUN
 from vsrplug.plugged import attach
+from vsrplug.real_degradation import Real
 from vsrplug.site import SiteSpec
 
 ROOT = Path(conf.__file__).parent
@@ -29,7 +30,8 @@ GROUPS += ("protocol", "trainer", "tuning")
 UNTRAINED = "backbone=basicvsr_tiny_untrained"
 NEEDED = {"data=folder": ["data.root={path}"], "data=video": ["data.path={path}"]}
 NEEDED["masks=cached"] = ["masks.folder={path}"]
-NEEDED |= {f"protocol=folder_bi_{colour}": ["protocol.clips.root={path}"] for colour in ("rgb", "y")}
+FOLDERS = ("folder_bi_rgb", "folder_bi_y", "folder_time2_stvun_rgb")
+NEEDED |= {f"protocol={name}": ["protocol.clips.root={path}"] for name in FOLDERS}
 
 # Given when a half-built call is finished.
 GIVEN_LATER = {
@@ -44,16 +46,19 @@ GIVEN_LATER = {
     "vsrplug.plugins.MemoryBankPlugin": {"channels"},
     "vsrplug.plugins.SEEMPlugin": {"channels"},
     "vsrplug.plugins.SecondOrderPropagationPlugin": {"channels"},
+    "vsrplug.real_degradation.sharpen": {"clip"},
 }
 # Where a yaml exists to say something else than the constructor's default.
 OTHERWISE = {
     "vsrplug.VSRDataModule": {"masks", "patch"},  # chosen as a group; what two cores can do
-    "vsrplug.data.DemoClips": {"split", "clips"},  # of a protocol: the held-back ones
     "vsrplug.plugins.LatentAttentionPlugin": {"order"},  # the five of the paper's table 2
     "vsrplug.plugins.SEEMPlugin": {"masks"},  # as many as the mask source makes
     "vsrplug.data.reds": {"split"},
     "vsrplug.data.vimeo90k": {"split", "motion"},
-    "vsrplug.protocols.Protocol": {"border", "skip_frames", "mirror"},
+    "vsrplug.protocols.Protocol": {"border", "skip_frames", "mirror", "between"},
+    "vsrplug.data.DemoClips": {"split", "clips", "frames"},  # of a protocol: the held-back ones, in fours
+    "vsrplug.real_degradation.Order": {"blur", "sigma", "enlarge", "shrink", "factor", "gaussian", "poisson"},  # second
+    "vsrplug.real_degradation.Real": {"first", "second"},  # calls, not what they make: see test_real_degradation
     "vsrplug.tuning.Tuning": {"train", "lora"},
 }
 
@@ -165,7 +170,7 @@ def test_every_backbone_is_made_and_takes_every_plugin(option: str) -> None:
 
 
 def test_degradations_are_named_after_what_they_are() -> None:
-    kinds = {"bd": BD, "bd_duf": BDDUF, "bi": BI, "stvun": STVUN}
+    kinds = {"bd": BD, "bd_duf": BDDUF, "bi": BI, "real": Real, "stvun": STVUN}
     assert options("degradation") == sorted([*kinds, "none"])
     for name, kind in kinds.items():
         made = build.make(composed("train", UNTRAINED, f"degradation={name}").degradation)
@@ -177,13 +182,18 @@ def test_degradations_are_named_after_what_they_are() -> None:
 def test_a_protocol_is_called_by_the_name_of_its_file(name: str) -> None:
     cfg = composed("evaluate", UNTRAINED, f"protocol={name}")
     assert cfg.protocol.name == name
-    data, motion, degradation, colour = re.fullmatch(r"([a-z0-9]+)_(fast_|medium_|slow_)?(\w+)_(y|rgb)", name).groups()
+    parts = r"([a-z0-9]+)_(fast_|medium_|slow_|motion_)?(?:time(\d)_|latent_)?(\w+)_(y|rgb)"
+    data, motion, times, degradation, colour = re.fullmatch(parts, name).groups()
+    assert cfg.protocol.between == int(times or 1) - 1
     data = {"reds4": "reds"}.get(data, data)
     assert cfg.protocol.colour == colour
     assert cfg.protocol.clips.get("motion", "all") == (motion or "all_").rstrip("_")
     assert cfg.protocol.clips.get("split", "test") == "test"
     septuplets = data == "vimeo90k"  # the fourth frame of seven, between the clip and its mirror image
-    assert (cfg.protocol.mirror, cfg.protocol.skip_frames) == (septuplets, 3 if septuplets else 2 * ("duf" in name))
+    assert (cfg.protocol.mirror, cfg.protocol.skip_frames) == (
+        septuplets,
+        3 if septuplets else 2 * ("duf" in name or "latent" in name),
+    )
     assert OmegaConf.to_container(cfg.protocol.degradation) == OmegaConf.to_container(
         OmegaConf.load(ROOT / "degradation" / f"{degradation}.yaml")
     )

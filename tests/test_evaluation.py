@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from rich.console import Console
 from torch import Tensor, nn
 
+from vsrplug.backbones import EDVR, STVUN, Bicubic, LucasKanade, SlidingWindow
 from vsrplug.context import Context
 from vsrplug.degradations import BD, BI, imresize
 from vsrplug.evaluation import Report, evaluate, score
@@ -88,6 +89,59 @@ def test_skipped_frames_are_restored_but_not_measured(protocol: Protocol) -> Non
     assert model.calls[0]["frames"].shape == (1, 5, 3, 12, 11)
     only = Clip("b", protocol.clips[1].pixels[2:3])  # type: ignore[attr-defined]
     assert middle.clips == evaluate(model, replace(protocol, clips=[only]), progress=False).clips
+
+
+@pytest.mark.parametrize(("length", "between", "skip"), [(5, 1, 0), (6, 1, 0), (9, 3, 0), (12, 3, 0), (11, 1, 2)])
+def test_frames_in_between_are_measured_apart_from_those_seen(length: int, between: int, skip: int) -> None:
+    clip = Clip("a", torch.randint(0, 256, (length, 3, 48, 64)) / 255)
+    protocol = Protocol("test_time_bi_y", [clip], BI(4), "y", skip_frames=skip, between=between)
+    report = evaluate(Bicubic(4), protocol, progress=False)
+    step, frames = between + 1, {True: [], False: []}
+    covered = max(i for i in range(length) if i % step == 0) + 1
+    for i in range(skip, covered - skip):
+        before, after = (BI()(clip.pixels[j]) for j in (i - i % step, min(i - i % step + step, covered - 1)))
+        low = before + (after - before) * (i % step) / step
+        sr = (imresize(low, 4)[None] * 255 + 0.5).floor().clamp(0, 255).byte()
+        frames[i % step == 0].append([metric(sr, clip.pixels[[i]], "y").item() for metric in (psnr, ssim)])
+    expected = dict(zip(("psnr", "ssim"), np.mean(frames[False], axis=0), strict=True))
+    expected |= dict(zip(("psnr_seen", "ssim_seen"), np.mean(frames[True], axis=0), strict=True))
+    assert report.clips["a"] == pytest.approx(expected, abs=1e-3)  # a value on the edge of rounding
+    figures = report.to_dict()
+    assert {key: figures[key] for key in expected} == pytest.approx(report.clips["a"])
+    console = Console(width=120, record=True)
+    console.print(report.table())
+    assert "PSNR SEEN" in (printed := console.export_text())
+    assert f"{report.clips['a']['psnr_seen']:.3f}" in printed
+
+
+def test_a_window_network_is_measured_in_between_with_its_masks() -> None:
+    clip = Clip("a", torch.randint(0, 256, (7, 3, 32, 32)) / 255)
+    network = STVUN(4, frames=3, flow=LucasKanade()).eval()
+    protocol = Protocol("test_time2_bi_rgb", [clip], BI(4), "rgb", between=1)
+    masks = lambda lr: (lr[:, :1] > 0.5).float()  # noqa: E731
+    lr = BI()(clip.pixels)[None, ::2]
+    with torch.no_grad():
+        sr = SlidingWindow(network)(lr, times=(0.5,))[0, :7]
+    assert evaluate(SlidingWindow(network), protocol, masks=masks, progress=False).clips["a"] == pytest.approx(
+        score(sr, clip.pixels, protocol), abs=1e-3
+    )
+
+
+def test_frames_in_between_take_a_network_that_makes_them_and_a_clip_long_enough() -> None:
+    clip = Clip("a", torch.zeros(4, 3, 32, 32))
+    protocol = Protocol("test_time4_bi_y", [clip], BI(4), "y", between=3)
+    message = r"protocol 'test_time4_bi_y', which has frames in between, needs a network that makes .*, which EDVR does"
+    with pytest.raises(ValueError, match=message):
+        evaluate(SlidingWindow(EDVR(8, extract_blocks=1, reconstruct_blocks=1, deform_groups=2)), protocol)
+    with pytest.raises(
+        ValueError, match=r"clip 'a' has 4 frames, of which between=3 and skip_frames=0 .* leave none to"
+    ):
+        evaluate(Bicubic(4), protocol, progress=False)
+    for bad in ({"between": -1}, {"mirror": True}):
+        with pytest.raises(
+            ValueError, match=r"protocol 'test_time4_bi_y': between is 0 or more, and 0 with mirror=true"
+        ):
+            replace(protocol, **bad)
 
 
 def test_score_is_what_evaluate_reports_of_a_clip(protocol: Protocol) -> None:

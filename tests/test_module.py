@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from vsrplug import Context, Plugin, VSRDataModule, VSRModule, attach
-from vsrplug.backbones import EDVR, BasicVSR, SlidingWindow, SPyNet
+from vsrplug.backbones import EDVR, STVUN, BasicVSR, SlidingWindow, SPyNet
 from vsrplug.callbacks import EMA
 from vsrplug.checkpoints import WholeCheckpoints
 from vsrplug.degradations import BI
@@ -27,7 +27,7 @@ from vsrplug.module import clip_network
 from vsrplug.plugged import PluggedModel
 from vsrplug.plugins import MemoryBankPlugin, SEEMPlugin
 from vsrplug.protocols import Protocol
-from vsrplug.tuning import Tuning
+from vsrplug.tuning import Staged, Tuning
 
 
 class Clip:
@@ -309,6 +309,95 @@ def test_a_window_network_is_trained_on_the_centre_frame() -> None:
     before = weights(module.model)
     trainer(2).fit(module, data(masks=None))
     assert any(not torch.equal(value, before[name]) for name, value in weights(module.model).items())
+
+
+def stvun(**arguments: Any) -> PluggedModel:
+    torch.manual_seed(1)
+    return attach(STVUN(4, frames=3, flow=SPyNet(levels=2, widths=(4, 4, 4, 4)), **arguments))
+
+
+def with_frames_in_between(count: int, frames: int = 3) -> dict[str, Any]:
+    between = batch(count)
+    return batch(frames) | {"lr_between": between["lr"], "hr_between": between["hr"]}
+
+
+@pytest.mark.parametrize("times", [(), (0.1, 0.2)])
+def test_space_time_losses_are_those_of_the_paper(times: tuple[float, ...]) -> None:
+    """Eq. 7, 9, 11 and 12, frame by frame; the network's own times do not count."""
+    model, given = stvun(times=times), with_frames_in_between(3, frames=5)
+    module = VSRModule(model, Tuning(), losses={"interpolated": 2.0, "pixel": 3.0, "between": 5.0}, pixel=l1)
+    logged: dict[str, Tensor] = {}
+    module.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign, assignment]
+    total = module.training_step(given, 0)
+    window = given["lr"][:, 1:4]
+    losses = {"pixel": 0.0, "between": 0.0, "interpolated": 0.0}
+    for k, time in enumerate((0.25, 0.5, 0.75)):
+        context = Context(window)
+        sr = model(window, context, times=(time,))
+        low = context.memo["interpolated"][:, 0]
+        losses["pixel"] = (sr[:, 0] - given["hr"][:, 2]).abs().mean().item()
+        losses["between"] += (sr[:, 1] - given["hr_between"][:, k]).abs().mean().item()
+        losses["interpolated"] += (low - given["lr_between"][:, k]).abs().mean().item()
+    assert {name: value.item() for name, value in logged.items()} == pytest.approx(
+        {f"train/{name}": value for name, value in losses.items()}, rel=1e-5
+    )
+    expected = 2 * losses["interpolated"] + 3 * losses["pixel"] + 5 * losses["between"]
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_interpolated_frames_teach_the_flow_alone() -> None:
+    module = VSRModule(stvun(), Tuning(), losses={"interpolated": 1.0})
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    module.training_step(with_frames_in_between(1), 0).backward()
+    reached = {name for name, p in module.model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached
+    assert all(name.startswith("backbone.pwcnet.") for name in reached)
+
+
+def test_frames_in_between_are_not_made_while_no_loss_asks_for_them() -> None:
+    given, asked = with_frames_in_between(2), []
+    module = VSRModule(stvun(), Tuning(freeze=["flow"]), losses={"pixel": 1.0}, pixel=l1)
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    module.model.backbone.register_forward_pre_hook(lambda _, __, kw: asked.append(kw["times"]), with_kwargs=True)
+    loss = module.training_step(given, 0)
+    assert asked == [()]
+    plain = {key: given[key] for key in ("lr", "hr")}
+    assert torch.equal(loss, VSRModule(stvun(), Tuning(freeze=["flow"]), pixel=l1)._loss(plain, {"pixel": 1.0})[0])
+    message = r"losses: there is no loss that matches 'between'\..* Known: pixel\.$"
+    for model, samples in ((stvun(), plain), (edvr(), given)):  # no such frames in the data; a network without
+        with pytest.raises(ValueError, match=message):
+            VSRModule(model, Tuning(), losses={"between": 1.0})._loss(samples, {"between": 1.0})
+
+
+def test_space_then_space_time_trains_each_phase_part() -> None:
+    parts = [f"backbone.{part}.*" for part in ("encoder", "fusion", "decoder")]
+    tuning = Staged(
+        {
+            "space": {"steps": 2, "train": parts, "lr": 1e-3, "losses": {"pixel": 1.0}},
+            "space_time": {"train": ["*"], "lr": 1e-3, "losses": {"interpolated": 1.0, "pixel": 1.0, "between": 1.0}},
+        }
+    )
+    module, record = VSRModule(stvun(), tuning), Record()
+    first = weights(module.model)
+    torch.manual_seed(2)
+    samples = VSRDataModule([Clip("a", 7), Clip("b", 5)], BI(), frames=3, patch=8, batch_size=2, between=1)
+    trainer(4, record).fit(module, samples)
+
+    def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+        return {name.split(".")[1] for name, value in after.items() if not torch.equal(value, before[name])}
+
+    assert moved(first, record.steps[1]) == {"encoder", "fusion", "decoder"}
+    assert moved(record.steps[1], record.steps[3]) == {"encoder", "fusion", "decoder", "pwcnet"}
+
+
+def test_an_output_of_another_length_or_size_is_refused() -> None:
+    """One frame would be compared with each of several, without a word."""
+    given = batch()
+    for key, clip in (("hr", given["hr"][..., ::2, ::2]), ("hr", given["hr"][:, :1])):
+        with pytest.raises(
+            ValueError, match=r"the model returned \(2, 3, 3, 32, 32\) for frames \(2, 3, 3, 8, 8\), the gr"
+        ):
+            VSRModule(recurrent(), Tuning())._loss(given | {key: clip}, {"pixel": 1.0})
 
 
 @pytest.mark.parametrize("make", [edvr, recurrent, plugged])

@@ -61,13 +61,19 @@ def test_a_protocol_is_called_what_its_file_is_called(name: str) -> None:
     assert cfg.name == name
     assert cfg.colour == colour
     assert cfg._target_ == "vsrplug.protocols.Protocol"
-    short = {"BI": "bi", "BD": "bd", "BDDUF": "bd_duf"}[cfg.degradation._target_.rsplit(".")[-1]]
+    names = {"BI": "bi", "BD": "bd", "BDDUF": "bd_duf", "STVUN": "stvun", "Real": "real"}
+    short = names[cfg.degradation._target_.rsplit(".")[-1]]
     motion = cfg.clips.get("motion", "all")
-    assert "_".join(middle) == (short if motion == "all" else f"{motion}_{short}")
+    part = "" if motion == "all" else f"{motion}_"
+    part += f"time{cfg.between + 1}_" if cfg.between else ""
+    latent = middle[0] == "latent"  # as VSRnet: fewer frames and pixels
+    part += "latent_" if latent else ""
+    assert "_".join(middle) == part + short
     assert cfg.clips._target_.rsplit(".")[-1] == {"demo": "DemoClips", "reds4": "reds"}.get(source, source)
     assert cfg.clips.get("split", "test") == "test"
     septuplets = source == "vimeo90k"  # the fourth frame of seven, which the model sees with their mirror image
-    assert (cfg.border, cfg.skip_frames) == (0, 3 if septuplets else 2 if short == "bd_duf" else 0)
+    assert cfg.border == (8 if latent else 0)
+    assert cfg.skip_frames == (3 if septuplets else 2 if latent or short == "bd_duf" else 0)
     assert cfg.mirror == septuplets
 
 

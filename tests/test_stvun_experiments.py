@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from vsrplug.commands import build
+from vsrplug.commands import build, train
 
 from .test_experiments import ROOT, composed
 
@@ -21,7 +22,7 @@ ROWS = {
 
 
 def test_there_is_a_file_for_each_row_and_none_besides() -> None:
-    assert sorted(file.stem for file in (ROOT / "stvun").glob("*.yaml")) == sorted(ROWS)
+    assert sorted(file.stem for file in (ROOT / "stvun").glob("*.yaml")) == ["demo", *sorted(ROWS)]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -45,3 +46,36 @@ def test_a_row_is_what_the_paper_says(name: str, tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.08)
     learns = {key.split(".")[1] for key in build.make(cfg.tuning).trained(torch.nn.ModuleDict({"backbone": model}))}
     assert learns == {"encoder", "fusion", "decoder"}
+
+
+def test_the_two_phases_are_the_papers(tmp_path: Path) -> None:
+    """Section 3.3 and eq. 12."""
+    cfg = composed(tmp_path, "backbone=stvun", "tuning=stvun_two_phase", "optim=adam_halved")
+    tuning = build.make(cfg.tuning)
+    first, second = tuning.phases.values()
+    assert [(phase.steps, phase.lr) for phase in (first, second)] == [(300_000, 1e-4), (400_000, 5e-5)]
+    assert first.losses == {"pixel": 1}
+    assert second.losses == {"interpolated": 1, "pixel": 1, "between": 1}
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict({"backbone": build.make(cfg.backbone)})
+    learns = [{key.split(".")[1] for key in phase.trained(model)} for phase in (first, second)]
+    assert learns == [{"encoder", "fusion", "decoder"}, {"encoder", "fusion", "decoder", "pwcnet"}]
+
+
+def test_the_demo_recipe_trains_saves_and_measures_frames_in_between(tmp_path: Path) -> None:
+    small = [
+        "backbone.channels=4",
+        "trainer.max_steps=2",
+        "trainer.accelerator=cpu",
+        "data.clips=1",
+        "data.size=[96,96]",
+    ]
+    small += ["protocol.clips.clips=1", "protocol.clips.frames=9", "protocol.clips.size=[64,64]"]
+    cfg = composed(tmp_path, "experiment=stvun/demo", *small)
+    psnr = train.run(cfg)
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures["psnr"] == psnr
+    assert {"psnr", "ssim", "psnr_seen", "ssim_seen"} <= figures["clips"]["test_0000"].keys()
+    assert figures["compared"].keys() == {"bicubic", "backbone"}
+    assert (tmp_path / "comparison.png").is_file()
+    assert (tmp_path / "backbone.safetensors").is_file()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vsrplug import attach
-from vsrplug.backbones import EDVR, BasicVSR, Bicubic, SlidingWindow, SPyNet
+from vsrplug.backbones import EDVR, STVUN, BasicVSR, Bicubic, LucasKanade, SlidingWindow, SPyNet
 from vsrplug.context import Context
 from vsrplug.data import DemoClips, FrameFolder
 from vsrplug.plugins import SEEMPlugin
@@ -280,6 +280,68 @@ def test_results_are_ordinary_tensors_and_stay_in_range() -> None:
     assert (frame.min(), frame.max()) == (0, 1)
 
 
+def whole(network: nn.Module, clip: Tensor, times: tuple[float, ...]) -> Tensor:
+    """The whole clip in one pass; after its last frame, that frame again."""
+    with torch.no_grad():
+        expected = network(clip[None], times=times)[0].clamp(0, 1)
+    expected[-len(times) :] = expected[-len(times) - 1]
+    return expected
+
+
+@pytest.mark.parametrize("t", [1, 2, 10, 11, 23])
+@pytest.mark.parametrize(("chunk", "overlap"), [(8, 2), (3, 1)])
+def test_frames_in_between_are_those_of_the_whole_clip(t: int, chunk: int, overlap: int) -> None:
+    clip = moving(t)
+    for between, times in ((1, (0.5,)), (3, (0.25, 0.5, 0.75))):
+        upscaler = Upscaler(Bicubic(2), chunk=chunk, overlap=overlap, between=between)
+        numbers, frames = zip(*upscaler.frames(clip), strict=True)
+        assert numbers == tuple(range((1 + between) * t))
+        torch.testing.assert_close(torch.stack(frames), whole(Bicubic(2), clip.all, times), rtol=0, atol=1e-6)
+
+
+def test_window_networks_make_frames_in_between() -> None:
+    torch.manual_seed(0)
+    clip, network = moving(13, 16, 16), STVUN(4, frames=3, scale=2, flow=LucasKanade(), times=(0.1, 0.2, 0.3)).eval()
+    for between, times in ((0, ()), (2, (1 / 3, 2 / 3))):
+        frames = [frame for _, frame in Upscaler(network, chunk=4, overlap=2, between=between).frames(clip)]
+        with torch.no_grad():
+            expected = SlidingWindow(network)(clip.all[None], times=times)[0].clamp(0, 1)
+        assert len(frames) == len(expected) == 13 * (1 + between)
+        kept = len(frames) - between
+        torch.testing.assert_close(torch.stack(frames)[:kept], expected[:kept], rtol=0, atol=1e-5)
+        assert all(torch.equal(frame, frames[kept - 1]) for frame in frames[kept:])
+
+
+def test_nothing_is_interpolated_across_a_cut() -> None:
+    a, b = (torch.stack(list(DemoClips("test", clips=2, frames=7, size=(48, 64))[i].frames())) for i in (0, 1))
+    upscaler = Upscaler(Bicubic(2), chunk=4, overlap=1, between=1)
+    frames = torch.stack([frame for _, frame in upscaler.frames(Frames(torch.cat([a, b])))])
+    apart = torch.cat([whole(Bicubic(2), clip, (0.5,)) for clip in (a, b)])
+    torch.testing.assert_close(frames, apart, rtol=0, atol=1e-6)
+    across = whole(Bicubic(2), torch.cat([a, b]), (0.5,))
+    assert (across[13] - frames[13]).abs().mean() > 0.02
+
+
+def test_memory_is_bounded_with_frames_in_between() -> None:
+    held = []
+
+    class Watched(Upscaler):
+        def _restore_onto(self, restored: dict[int, Tensor], given: list[Tensor], low: int, start: int) -> None:
+            super()._restore_onto(restored, given, low, start)
+            held.append((len(given), len(restored)))
+
+    assert len(list(Watched(Bicubic(2), chunk=6, overlap=2, between=3).frames(moving(60)))) == 240
+    assert max(held) <= (6 + 2 * 2, 4 * (6 + 2 * 2))
+
+
+def test_frames_in_between_that_are_there_are_not_made_again() -> None:
+    clip, expected = moving(40), whole(Bicubic(2), moving(40).all, (0.5,))
+    upscaler = Upscaler(Bicubic(2), chunk=8, overlap=2, between=1)
+    some = dict(upscaler.frames(clip, missing=lambda number: number in (43, 79)))
+    assert sorted(some) == [43, 79]
+    assert all(torch.allclose(frame, expected[number], atol=1e-6) for number, frame in some.items())
+
+
 class Broken(nn.Module):
     def forward(self, frames: Tensor, context: Context) -> Tensor:
         out = frames.clone()
@@ -301,12 +363,21 @@ def test_errors_name_what_to_change() -> None:
         ({"chunk": "many"}, "chunk=many must be a whole number"),
         ({"tile": 0}, "tile=0 must be a whole number, 1 or more"),
         ({"tile": 32}, "tile_overlap=32 must be smaller than tile=32, which counts the overlap; try tile=128"),
+        ({"between": -1}, "between=-1 must be a whole number, 0 or more"),
+        (
+            {"between": 1, "overlap": 0},
+            "overlap=0 leaves a chunk's last frame without a next one; between=1 needs over",
+        ),
         ({"cut": 2.0}, "cut=2.0 must lie between 0 and 1; try 0.18, or null"),
     ):
         with pytest.raises(ValueError, match=message):
             Upscaler(Bicubic(4), **keywords)
     with pytest.raises(ValueError, match="overlap=1 is too small for a network with a window of 5 frames; it needs ov"):
         Upscaler(network, overlap=1)
+    with pytest.raises(
+        ValueError, match=r"between=1 needs a network that makes frames in between, which EDVR does not; "
+    ):
+        Upscaler(network, between=1)
     with pytest.raises(ValueError, match="frame 2: the model's output has values that are NaN"):
         list(Upscaler(Broken()).frames(moving(5)))
     with pytest.raises(RuntimeError, match=r"out of memory with 12 frames of 200x400 at once; .*chunk=12.*tile=100"):

@@ -21,6 +21,7 @@ from vsrplug.context import Context
 from vsrplug.degradations import crop_to_multiple
 from vsrplug.metrics import LPIPSUnavailableError, lpips, psnr, ssim, to_uint8
 from vsrplug.protocols import Protocol
+from vsrplug.space_time import check_interpolates, times_between
 
 if TYPE_CHECKING:
     from vsrplug.data.clip import Clip
@@ -34,7 +35,8 @@ class Report:
 
     Args:
         protocol: its name; a figure is never given without it.
-        clips: clip name -> `{"psnr": dB, "ssim": ...}`, means over the frames; also `"lpips"` where it was measured.
+        clips: clip name -> `{"psnr": dB, "ssim": ...}`, means over the frames; also `"lpips"` where it was measured;
+            where these are frames in between, `"psnr_seen"` and `"ssim_seen"` of those that the model saw.
         lpips_reason: why LPIPS is missing, None where it was measured.
         seconds: wall time of the evaluation, reading and measuring included.
     """
@@ -62,10 +64,11 @@ class Report:
     def table(self) -> Table:
         """One row a clip and one for their mean, to print with rich."""
         metrics = {"psnr": "{:.3f}", "ssim": "{:.4f}"} | ({} if self.lpips_reason else {"lpips": "{:.4f}"})
+        metrics |= {"psnr_seen": "{:.3f}", "ssim_seen": "{:.4f}"} if self._seen else {}
         table = Table(title=f"protocol {self.protocol}")
         table.add_column("clip")
         for metric in metrics:
-            table.add_column(metric.upper(), justify="right")
+            table.add_column(metric.upper().replace("_", " "), justify="right")
         for name, figures in self.clips.items():
             table.add_row(name, *(style.format(figures[metric]) for metric, style in metrics.items()))
         table.add_section()
@@ -81,9 +84,15 @@ class Report:
             "ssim": self.ssim,
             "lpips": self.lpips,
             "lpips_reason": self.lpips_reason,
+            **{key: _for_json(self._mean(key)) for key in self._seen},
             "clips": {name: {k: _for_json(v) for k, v in figures.items()} for name, figures in self.clips.items()},
             "seconds": self.seconds,
         }
+
+    @property
+    def _seen(self) -> list[str]:
+        """Metrics of the frames seen, where they are reported."""
+        return [metric for metric in next(iter(self.clips.values())) if metric.endswith("_seen")]
 
     def _mean(self, metric: str) -> float:
         return fmean(figures[metric] for figures in self.clips.values())
@@ -115,9 +124,12 @@ def evaluate(
 
     Raises:
         ValueError: the output has the wrong shape or is not finite, a clip has no frames, or two have one name; the
-            message names the clip.
+            message names the clip. The protocol has frames in between, which the model does not make or a clip is too
+            short for.
     """
     start = time.perf_counter()
+    if protocol.between:
+        check_interpolates(model, f"protocol {protocol.name!r}, which has frames in between,")
     names = Counter(clip.name for clip in protocol.clips)
     if names.total() > len(names):
         twice = [name for name, count in names.items() if count > 1]
@@ -141,19 +153,29 @@ def evaluate(
         task = bar.add_task(protocol.name, total=sum(len(clip) for clip in protocol.clips))
         for clip in protocol.clips:
             bar.update(task, description=f"{protocol.name}: {clip.name}")
+            _check_length(clip, protocol)
             hr = _read(clip, protocol.degradation.scale)
             lr = protocol.degradation(hr)
-            sr = restore(model, lr, None if masks is None else masks(lr), mirror=protocol.mirror, device=device)
+            sr = restore(
+                model,
+                lr,
+                None if masks is None else masks(lr),
+                mirror=protocol.mirror,
+                between=protocol.between,
+                device=device,
+            )
+            hr = hr[: protocol.covered(len(hr))]
             _check_output(sr, hr, clip.name)
             sr, hr = to_uint8(sr), to_uint8(hr.to(device))
             clips[clip.name] = score(sr, hr, protocol)
             if reason is None:
                 try:
-                    distance = lpips(_counted(sr, protocol), _counted(hr, protocol), protocol.border)
+                    counted = protocol.counted(len(hr))
+                    distance = lpips(sr[counted], hr[counted], protocol.border)
                     clips[clip.name]["lpips"] = distance.mean().item()
                 except LPIPSUnavailableError as error:
                     reason = str(error)
-            bar.advance(task, len(sr))
+            bar.advance(task, len(clip))
     if reason is not None:  # a mean over some of the clips would be another protocol's
         clips = {name: {k: v for k, v in figures.items() if k != "lpips"} for name, figures in clips.items()}
     return Report(protocol.name, clips, reason, time.perf_counter() - start)
@@ -165,6 +187,7 @@ def restore(
     masks: Tensor | None = None,
     *,
     mirror: bool = False,
+    between: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Super-resolve one clip as a protocol has it.
@@ -174,40 +197,49 @@ def restore(
         lr: (t, 3, h, w) in [0, 1].
         masks: object masks (t, m, h, w), or None. Where given, the model is called with a `Context`.
         mirror: the model sees 2 t frames, the clip and then the clip in reverse.
+        between: frames left out between each two that the model sees, which it makes itself; not with `mirror`.
         device: where the model is; None: where `lr` is.
 
     Returns:
-        sr (t, 3, s h, s w), on that device.
+        sr (t, 3, s h, s w), on that device; with `between`, of the frames up to the last one seen.
     """
     device = lr.device if device is None else device
 
     def given(clip: Tensor) -> Tensor:
         return (torch.cat([clip, clip.flip(0)]) if mirror else clip)[None].to(device)
 
-    frames = given(lr)
-    sr = model(frames) if masks is None else model(frames, Context(frames, masks=given(masks)))
-    return sr[0, : len(lr)] if mirror else sr[0]
+    step = between + 1
+    frames = given(lr[::step])
+    context = () if masks is None else (Context(frames, masks=given(masks[::step])),)
+    sr = model(frames, *context, **({"times": times_between(between)} if between else {}))[0]
+    if between:  # nothing follows the last frame seen
+        return sr[: len(sr) - between]
+    return sr[: len(lr)] if mirror else sr
 
 
 def score(sr: Tensor, hr: Tensor, protocol: Protocol) -> dict[str, float]:
     """PSNR (dB) and SSIM of one clip as the protocol counts them: means over its frames.
 
     Args:
-        sr, hr: all frames of the clip, (t, 3, H, W), float in [0, 1] or uint8; they are rounded to 8 bits.
-        protocol: colour, border, skipped frames.
+        sr, hr: all frames of the clip, (t, 3, H, W), float in [0, 1] or uint8; they are rounded to 8 bits. Where the
+            protocol has frames in between, `hr` may go on beyond the last one that the model saw.
+        protocol: colour, border, skipped frames, frames in between.
+
+    Returns:
+        `{"psnr": ..., "ssim": ...}`; where the protocol has frames in between, theirs, and `"psnr_seen"` and
+        `"ssim_seen"` of the others.
 
     Raises:
         ValueError: shapes that differ or are not frames, or nothing left of them.
     """
-    sr, hr = _counted(sr, protocol), _counted(hr, protocol)
-    return {
-        "psnr": psnr(sr, hr, protocol.colour, protocol.border).mean().item(),
-        "ssim": ssim(sr, hr, protocol.colour, protocol.border).mean().item(),
-    }
-
-
-def _counted(frames: Tensor, protocol: Protocol) -> Tensor:
-    return frames[protocol.skip_frames : len(frames) - protocol.skip_frames]
+    hr = hr[: protocol.covered(len(hr))]
+    figures = {}
+    for name, which in (("", protocol.counted(len(hr))), ("_seen", protocol.seen(len(hr)))):
+        if which or not name:
+            for metric, measure in (("psnr", psnr), ("ssim", ssim)):
+                value = measure(sr[which], hr[which], protocol.colour, protocol.border).mean().item()
+                figures[f"{metric}{name}"] = value
+    return figures
 
 
 def _read(clip: Clip, scale: int) -> Tensor:
@@ -216,6 +248,15 @@ def _read(clip: Clip, scale: int) -> Tensor:
     if not frames:
         raise ValueError(f"clip {clip.name!r} has no frames")
     return torch.stack(frames)
+
+
+def _check_length(clip: Clip, protocol: Protocol) -> None:
+    count = protocol.covered(len(clip))
+    if protocol.between and not (protocol.counted(count) and protocol.seen(count)):
+        raise ValueError(
+            f"clip {clip.name!r} has {len(clip)} frames, of which between={protocol.between} and "
+            f"skip_frames={protocol.skip_frames} of protocol {protocol.name!r} leave none to measure"
+        )
 
 
 def _check_output(sr: Tensor, hr: Tensor, name: str) -> None:

@@ -27,9 +27,12 @@ from vsrplug.phases import (
 from vsrplug.plugged import PluggedModel
 from vsrplug.protocols import Protocol
 from vsrplug.site import unknown_name
+from vsrplug.space_time import interpolates, times_between
 from vsrplug.tuning import Staged, Tuning
 
 Batch = dict[str, Any]
+
+IN_BETWEEN = ("between", "interpolated")  # losses on frames in between
 
 
 class VSRModule(LightningModule):
@@ -44,9 +47,13 @@ class VSRModule(LightningModule):
         schedule: partial of a learning rate schedule, stepped every optimizer step, or None. In a `Staged` tuning its
             `T_max` or `total_steps`, where given, becomes the number of steps from one fresh start to the next.
         losses: weight by name. `pixel` is `pixel(sr, hr)`; `flow` is the end-point error of the backbone's flows, in LR
-            pixels, where the data know the true flow; any other is a pattern over the plug-ins' auxiliary losses,
+            pixels, where the data know the true flow. Where the data have frames in between and the network makes them,
+            `between` is the sum over them of `pixel(sr, hr)`, and `interpolated` that of the low-resolution ones in the
+            pass's `memo["interpolated"]` (STVUN's losses F and M, eq. 11 and 7; `pixel` is S, eq. 9); while neither is
+            named, they are not made. Any other is a pattern over the plug-ins' auxiliary losses,
             `"<attach name>/<loss>"`.
         pixel: the loss between restored and true frames.
+        target: what to teach in the place of `hr`, made of it, (b, t, 3, s h, s w) -> the same; or None.
         validation: how a restored validation clip is scored, or None.
         seed: every training step seeds torch's generator from it and the step, so that a resumed run draws the noise
             an undisturbed one would.
@@ -59,7 +66,8 @@ class VSRModule(LightningModule):
 
     Batches:
         `lr` (b, t, 3, h, w) and `hr` (b, t, 3, s h, s w) in [0, 1]; where present `masks` (b, t, m, h, w),
-        `flow_backward` and `flow_forward` (b, t-1, 2, h, w) in LR pixels. A window network is trained on the window in
+        `flow_backward` and `flow_forward` (b, t-1, 2, h, w) in LR pixels, `lr_between` and `hr_between`, the frames
+        that lie between the middle one and the next, evenly spaced. A window network is trained on the window in
         their middle, so that one setting of the data serves a comparison of all networks.
     """
 
@@ -72,6 +80,7 @@ class VSRModule(LightningModule):
         schedule: Schedule | None = None,
         losses: Mapping[str, float] | None = None,
         pixel: Callable[[Tensor, Tensor], Tensor] = charbonnier,
+        target: Callable[[Tensor], Tensor] | None = None,
         validation: Protocol | None = None,
         seed: int = 0,
     ) -> None:
@@ -87,6 +96,7 @@ class VSRModule(LightningModule):
         self.schedule = schedule
         self.losses = dict(losses or {"pixel": 1.0})
         self.pixel = pixel
+        self.target = target
         self.validation = validation
         self.seed = seed
         self.timeline = Timeline(tuning.phases)
@@ -153,14 +163,27 @@ class VSRModule(LightningModule):
         """The weighted sum, and every loss there is by its name."""
         window = getattr(self.model.backbone, "window", None)
         lr, hr, masks = (_middle(batch.get(key), window) for key in ("lr", "hr", "masks"))
+        plain, hr = hr, hr if self.target is None else self.target(hr)
         context = Context(lr, masks=masks, target=hr)
-        sr = self.model(lr, context)
+        times = self._times(batch, weights)
+        sr = self.model(lr, context, **({} if times is None else {"times": times}))
         if window:  # such a network restores the centre frame only
-            hr = hr[:, [window // 2]]
-        values = {"pixel": self.pixel(sr.float(), hr)}
+            plain, hr = plain[:, [window // 2]], hr[:, [window // 2]]
+        true = hr if not times else torch.cat([hr, batch["hr_between"]], dim=1)
+        if sr.shape != true.shape:
+            raise ValueError(
+                f"the model returned {tuple(sr.shape)} for frames {tuple(lr.shape)}, the ground truth is "
+                f"{tuple(true.shape)}; has the degradation the model's scale?"
+            )
+        sr, between = sr.float().split([hr.shape[1], len(times or ())], dim=1)
+        values = {"pixel": self.pixel(sr, hr)}
+        if times:
+            low = context.memo["interpolated"]
+            values["between"] = len(times) * self.pixel(between, batch["hr_between"])
+            values["interpolated"] = len(times) * self.pixel(low.float(), batch["lr_between"])
         if "flow_backward" in batch and context.flows is not None:
             values["flow"] = end_point_error(context.flows, Flows(batch["flow_backward"], batch["flow_forward"]))
-        values |= context.losses
+        values |= context.losses | self._further(sr, hr, plain, weights)
         total = torch.zeros((), device=sr.device)
         for pattern, weight in weights.items():
             named = {name: value for name, value in values.items() if fnmatchcase(name, pattern)}
@@ -169,16 +192,27 @@ class VSRModule(LightningModule):
             total = total + weight * sum(named.values())
         return total, values
 
+    def _times(self, batch: Batch, weights: Mapping[str, float]) -> tuple[float, ...] | None:
+        """The times at which the network is to make frames in between; None where it cannot."""
+        if not interpolates(self.model) or not getattr(self.model.backbone, "window", None):
+            return None
+        wanted = any(fnmatchcase(name, pattern) for name in IN_BETWEEN for pattern in weights)
+        return times_between(batch["hr_between"].shape[1]) if wanted and "hr_between" in batch else ()
+
+    def _further(self, sr: Tensor, hr: Tensor, plain: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Losses that a subclass adds, between what was restored, what is taught (`hr`) and the truth (`plain`)."""
+        return {}
+
     def _check_reach(self, batch: Batch) -> None:
         """One trial pass for each phase, before the first step: a mistake must not wait for step 120,000."""
-        saved = buffers(self.model)
+        saved = buffers(self)
         for index, (name, phase) in enumerate(self.tuning.phases.items()):
             self._set(index)
             torch.manual_seed(self.seed)
             with self.trainer.precision_plugin.train_step_context():
                 loss, _ = self._loss(batch, self._weights(index))
             lost = unreached(self.model, sorted(phase.trained(self.model)), loss)
-            restore_buffers(self.model, saved)
+            restore_buffers(self, saved)
             if lost:
                 raise ValueError(not_reached(name, list(self._weights(index)), lost))
         self._set(0)
@@ -208,7 +242,8 @@ class VSRModule(LightningModule):
         if self.validation is None:
             return None
         masks = None if batch.get("masks") is None else batch["masks"][0]
-        sr = restore(clip_network(self.model), batch["lr"][0], masks, mirror=self.validation.mirror)[None]
+        mirror, between = self.validation.mirror, self.validation.between
+        sr = restore(clip_network(self.model), batch["lr"][0], masks, mirror=mirror, between=between)[None]
         scores = score(sr[0], batch["hr"][0], self.validation)
         # One clip a batch, so the mean over batches is the protocol's mean over clips.
         named = {f"val/{self.validation.name}/{metric}": value for metric, value in scores.items()}
@@ -220,13 +255,17 @@ class VSRModule(LightningModule):
         make: Any = self.optimizer or torch.optim.Adam
         fresh = self.timeline.fresh(self.phase)
         lr = self.timeline.phases[fresh].lr or getattr(make, "keywords", {}).get("lr", 1e-3)
-        optimizer = make(self.timeline.phases[self.phase].groups(self.model, lr))
+        optimizer = make(self._groups(lr))
         if self.schedule is None:
             return optimizer
         length = self.timeline.length(self.phase, self.trainer.max_steps) if len(self.timeline.phases) > 1 else None
         done = self.timeline.starts[self.phase] - self.timeline.starts[fresh]
         schedule = make_schedule(self.schedule, optimizer, length, done)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self, lr: float) -> list[dict[str, Any]]:
+        """What the optimizer is made over."""
+        return self.timeline.phases[self.phase].groups(self.model, lr)
 
 
 def _middle(clip: Any, frames: int | None) -> Any:

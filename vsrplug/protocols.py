@@ -21,6 +21,10 @@ class Protocol:
     8 bits, then measured frame by frame; a clip's figure is the mean over its frames, the protocol's figure the mean
     over its clips.
 
+    With `between`, a model sees every (between + 1)-th frame from the first on and makes those in between as well. The
+    clip ends at the last frame seen. Figures are those of the frames in between, as in STVUN's table 1 (Kang et al.
+    2020, 4.1: even frames are given, odd ones are the truth); those of the frames seen are reported besides.
+
     Args:
         name: what tables and `metrics.json` call it, for instance `"vid4_bi_y"`.
         clips: the ground truth.
@@ -30,9 +34,11 @@ class Protocol:
         skip_frames: frames left out of the metrics at each end of a clip.
         mirror: the model sees the clip followed by itself in reverse, 2 t frames, and its first t are measured. On
             Vimeo-90K's seven frames recurrent networks are evaluated so.
+        between: frames left out between each two that the model sees.
 
     Raises:
-        ValueError: no clips, unknown colour, negative border or skip_frames, a clip that skip_frames leaves nothing of.
+        ValueError: no clips, unknown colour, negative border, skip_frames or between, `between` with `mirror`, a clip
+            that skip_frames leaves nothing of.
     """
 
     name: str
@@ -42,6 +48,7 @@ class Protocol:
     border: int = 0
     skip_frames: int = 0
     mirror: bool = False
+    between: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -52,9 +59,29 @@ class Protocol:
             raise ValueError(f"protocol {self.name!r} has no clips: the data source is empty")
         if self.skip_frames < 0:
             raise ValueError(f"protocol {self.name!r}: skip_frames is 0 or more, got {self.skip_frames}")
+        if self.between < 0 or (self.between and self.mirror):
+            raise ValueError(
+                f"protocol {self.name!r}: between is 0 or more, and 0 with mirror=true, got between={self.between} and "
+                f"mirror={str(self.mirror).lower()}"
+            )
         for clip in self.clips if self.skip_frames else ():  # not otherwise: the embedded clips render when touched
             if len(clip) <= 2 * self.skip_frames:
                 raise ValueError(
                     f"protocol {self.name!r} skips the first and the last {self.skip_frames} frames, but clip "
                     f"{clip.name!r} has only {len(clip)} frames"
                 )
+
+    def covered(self, count: int) -> int:
+        """Of a clip of `count` frames, those up to the last one that the model sees."""
+        return count if not self.between else (count - 1) // (self.between + 1) * (self.between + 1) + 1
+
+    def counted(self, count: int) -> list[int]:
+        """Which of the frames covered, `count` of them, the figures are of."""
+        step = self.between + 1
+        return [i for i in range(self.skip_frames, count - self.skip_frames) if step == 1 or i % step]
+
+    def seen(self, count: int) -> list[int]:
+        """Which of the frames covered, `count` of them, are seen and measured besides; none without `between`."""
+        if not self.between:
+            return []
+        return [i for i in range(self.skip_frames, count - self.skip_frames) if i % (self.between + 1) == 0]

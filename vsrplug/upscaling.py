@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vsrplug.context import Context
 from vsrplug.module import clip_network
 from vsrplug.scene_cuts import CUT, numbered_scenes
+from vsrplug.space_time import check_interpolates, interpolates, times_between
 
 if TYPE_CHECKING:
     from vsrplug.data.clip import Clip
@@ -29,13 +30,18 @@ class Upscaler:
     With `tile`, frames go through the network in squares; in the overlap of two, the outer quarters, which saw a border
     that is none, are dropped and the middle half is blended linearly.
 
+    With `between`, `n = between + 1` restored frames come for each given one: itself, and those that divide the way to
+    the next. After the last frame of a scene there is nothing to interpolate, so it is repeated and the clip lasts as
+    long as before.
+
     At most `chunk + 2 * overlap` low-resolution frames and their restored ones are held at a time.
 
     Args:
         model: a network from clip to clip or a window network, with or without plug-ins; it is put into eval mode.
         chunk: frames that one pass adds.
         overlap: frames computed on either side of a chunk besides, fewer than `chunk`; at least half the window of a
-            window network.
+            window network, and 1 with `between`.
+        between: frames to make between each two, by a network that can (`STVUN`, `Bicubic`).
         tile: side in LR pixels of the squares the network sees at once, overlap included; None: whole frames.
         tile_overlap: LR pixels that neighbouring tiles share at least, fewer than `tile`.
         cut: distance of two frames above which a new scene begins (`vsrplug.scene_cuts`); None: never.
@@ -52,6 +58,7 @@ class Upscaler:
         *,
         chunk: int = 24,
         overlap: int = 4,
+        between: int = 0,
         tile: int | None = None,
         tile_overlap: int = 32,
         cut: float | None = CUT,
@@ -60,8 +67,14 @@ class Upscaler:
     ) -> None:
         window = getattr(getattr(model, "backbone", model), "window", None) or 1
         _check_counts(
-            chunk=chunk, overlap=overlap, tile_overlap=tile_overlap, **({} if tile is None else {"tile": tile})
+            chunk=chunk,
+            overlap=overlap,
+            between=between,
+            tile_overlap=tile_overlap,
+            **({} if tile is None else {"tile": tile}),
         )
+        if between:
+            check_interpolates(model, f"between={between}")
         if overlap >= chunk:
             raise ValueError(
                 f"overlap={overlap} must be smaller than chunk={chunk}; try chunk={3 * max(overlap, 1)}, or a smaller "
@@ -71,6 +84,10 @@ class Upscaler:
             raise ValueError(
                 f"overlap={overlap} is too small for a network with a window of {window} frames; it needs "
                 f"overlap={window // 2} at least"
+            )
+        if between and not overlap:
+            raise ValueError(
+                f"overlap=0 leaves a chunk's last frame without a next one; between={between} needs overlap=1"
             )
         if tile is not None and tile_overlap >= tile:
             raise ValueError(
@@ -86,14 +103,17 @@ class Upscaler:
         self.tile_overlap = tile_overlap
         self.cut = cut
         self.masks = masks
-        self.edge = window // 2
+        self.rate = between + 1  # restored frames for each given one
+        self.edge = max(window // 2, min(between, 1))  # frames that miss a neighbour at a chunk's end
 
     def frames(self, clip: Clip, missing: Callable[[int], bool] = lambda number: True) -> Iterator[tuple[int, Tensor]]:
         """(number, restored frame) in order, each (3, s h, s w) float32 in [0, 1] on the CPU.
 
+        Numbers are those of restored frames: frame i of the clip has the number `(between + 1) * i`.
+
         Args:
             clip: what to restore.
-            missing: whether a frame is wanted. Chunks without any are read and passed over.
+            missing: whether the frame of a number is wanted. Chunks without any are read and passed over.
         """
         first = 0
         for _, scene in groupby(numbered_scenes(clip.frames(), self.cut), key=lambda numbered: numbered[0]):
@@ -105,17 +125,20 @@ class Upscaler:
         """Restore one scene whose first frame has the number `first`; returns the number after its last."""
         low = start = first  # of the LR frames held, and of the chunk
         held: list[Tensor] = []
-        restored: dict[int, Tensor] = {}  # what the next chunk may still have a say in
+        restored: dict[int, Tensor] = {}  # by their own numbers, what the next chunk may still have a say in
         reached = first
         while True:
             wanted = start + self.chunk + self.overlap - low
             held.extend(islice(frames, wanted - len(held)))
             end = low + len(held)
-            if end > reached and any(missing(number) for number in range(low, end)):
+            if end > reached and any(missing(number) for number in range(self.rate * low, self.rate * end)):
                 self._restore_onto(restored, held, low, start)
             reached = end
             settled = end if len(held) < wanted else start + self.chunk - self.overlap
-            for number in sorted(number for number in restored if number < settled):
+            last = self.rate * (end - 1)
+            if len(held) < wanted and last in restored:
+                restored |= {last + k: restored[last] for k in range(1, self.rate)}
+            for number in sorted(number for number in restored if number < self.rate * settled):
                 frame = restored.pop(number)
                 if missing(number):
                     yield number, frame.clamp(0, 1)
@@ -128,17 +151,18 @@ class Upscaler:
     def _restore_onto(self, restored: dict[int, Tensor], held: list[Tensor], low: int, start: int) -> None:
         """Add the restored frames of a chunk that begins at `start`, blended with those of the chunk before."""
         width = max(2 * (self.overlap - self.edge), 1)
-        for number, frame in enumerate(self._restore(torch.stack(held)), low):
+        for number, frame in enumerate(self._restore(torch.stack(held)), self.rate * low):
             if not frame.isfinite().all():
                 raise ValueError(f"frame {number}: the model's output has values that are NaN or infinite")
             if number in restored:
+                # The frames made of one window have one weight: where the next is cut short, none of them counts.
                 # lerp is exact where both agree, and where the weight is 0 or 1
-                weight = min(max(0.5 + (number - start + 0.5) / width, 0.0), 1.0)
+                weight = min(max(0.5 + (number // self.rate - start + 0.5) / width, 0.0), 1.0)
                 frame = torch.lerp(restored[number], frame, weight)
             restored[number] = frame
 
     def _restore(self, lr: Tensor) -> Iterator[Tensor]:
-        """Restored frames (3, s h, s w) of lr (t, 3, h, w), not clamped, each with memory of its own."""
+        """The `rate` t restored frames (3, s h, s w) of lr (t, 3, h, w), not clamped, each with memory of its own."""
         masks = None if self.masks is None else self.masks(lr)
         rows = tile_starts(lr.shape[-2], self.tile, self.tile_overlap)
         columns = tile_starts(lr.shape[-1], self.tile, self.tile_overlap)
@@ -148,23 +172,23 @@ class Upscaler:
                 square = (..., slice(y, y + (self.tile or lr.shape[-2])), slice(x, x + (self.tile or lr.shape[-1])))
                 tiles.append(self._run(lr[square], None if masks is None else masks[square]))
         scale = tiles[0].shape[-1] // min(self.tile or lr.shape[-1], lr.shape[-1])
-        for t in range(len(lr)):
+        for t in range(self.rate * len(lr)):
             pieces = iter([tile[t] for tile in tiles])
             bands = [join([next(pieces) for _ in columns], [scale * x for x in columns], dim=-1) for _ in rows]
             yield join(bands, [scale * y for y in rows], dim=-2).clone()
 
     @torch.no_grad()
     def _run(self, lr: Tensor, masks: Tensor | None) -> Tensor:
-        """lr (t, 3, h, w) -> (t, 3, s h, s w) on the CPU."""
+        """lr (t, 3, h, w) -> (rate t, 3, s h, s w) on the CPU."""
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         network = clip_network(self.model)
         if len(lr) < 2 * self.edge + 1:
             network.padding = "replicate"  # type: ignore[assignment]  # the others need as many frames as the window has
         clip = lr[None].to(device)
+        context = Context(clip, masks=None if masks is None else masks[None].to(device))
+        keywords = {"times": times_between(self.rate - 1)} if interpolates(self.model) else {}
         try:
-            return (
-                network(clip, Context(clip, masks=None if masks is None else masks[None].to(device)))[0].float().cpu()
-            )
+            return network(clip, context, **keywords)[0].float().cpu()
         except torch.OutOfMemoryError as error:
             smaller = max(64, min(lr.shape[-2:]) // 2)
             raise RuntimeError(

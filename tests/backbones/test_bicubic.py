@@ -45,6 +45,20 @@ def test_half_precision_and_compilation() -> None:
     assert torch.equal(torch.compile(net, fullgraph=True, backend="aot_eager")(frames), net(frames))
 
 
+def test_frames_in_between_are_blends() -> None:
+    frames = torch.rand(1, 3, 3, 5, 6, dtype=torch.float64)
+    times, enlarged = (0.25, 0.9), Bicubic(2)(frames)[0]
+    result = Bicubic(2)(frames, times=times)[0]
+    assert len(result) == 9
+    for i in range(3):
+        following = enlarged[min(i + 1, 2)]
+        for k, time in enumerate((0, *times)):
+            expected = (1 - time) * enlarged[i] + time * following
+            torch.testing.assert_close(result[3 * i + k], expected)
+    with pytest.raises(ValueError, match="times lie between the centre frame, 0, and the next, 1, got 1"):
+        Bicubic(2)(frames, times=(1,))
+
+
 def test_refuses_shrinking() -> None:
     with pytest.raises(ValueError, match="scale is 0; expected 1 or more"):
         Bicubic(0)

@@ -142,6 +142,61 @@ def test_a_video_keeps_rate_frames_and_sound(tmp_path: Path, ending: str, rate: 
     assert (restored(target) - expected).abs().mean() < 0.01
 
 
+def blended(source: Path, times: tuple[float, ...]) -> Tensor:
+    """What Bicubic makes of a clip at a multiple of its rate."""
+    expected = Bicubic(4)(restored(source)[None], times=times)[0].clamp(0, 1)
+    expected[-len(times) :] = expected[-len(times) - 1]
+    return expected
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_multiple_of_the_rate_keeps_duration_and_sound(
+    tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = video(tmp_path / "in.mp4", rate=Fraction(30000, 1001), sound="aac"), tmp_path / "out.mp4"
+    run(source, target, "crf=1", f"fps=x{count}")
+    found = read_properties(target)
+    assert found.rate == count * Fraction(30000, 1001)
+    assert len(VideoFile(target)) == count * T
+    assert f"{count * T} frames in" in capsys.readouterr().out
+    lasting = [len(VideoFile(path)) / read_properties(path).rate for path in (source, target)]
+    assert lasting[0] == lasting[1]
+    before, after = sound_of(source), sound_of(target)
+    assert [data for data, _ in after] == [data for data, _ in before]
+    shift = start_of(target) - start_of(source)
+    assert all(abs(b - a - shift) <= Fraction(1, 1000) for (_, a), (_, b) in zip(before, after, strict=True))
+    expected = blended(source, tuple(k / count for k in range(1, count)))
+    assert (restored(target) - expected).abs().mean() < 0.01
+
+
+def test_a_multiple_of_a_variable_rate_lies_between_its_times(tmp_path: Path) -> None:
+    times = [0, 40, 80, 100, 120, 200, 210, 300, 333, 400]
+    run(video(tmp_path / "in.mp4", frames=10, times=times), tmp_path / "out.mp4", "fps=x2")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        given = sorted(p.pts * p.time_base for p in container.demux(video=0) if p.size)
+    expected = [0, 20, 40, 60, 80, 90, 100, 110, 120, 160, 200, 205, 210, 255, 300, 316.5, 333, 366.5, 400, 433.5]
+    assert [float((time - given[0]) * 1000) for time in given] == pytest.approx(expected, abs=0.1)
+
+
+def test_a_folder_at_a_multiple_is_numbered_and_goes_on(tmp_path: Path, computed: list[int]) -> None:
+    source = folder(tmp_path / "shots")
+    run(source, tmp_path / "whole", "fps=x2")
+    assert [file.name for file in FrameFolder(tmp_path / "whole").files] == [f"{i:08d}.png" for i in range(2 * T)]
+    assert (restored(tmp_path / "whole") - blended(source, (0.5,))).abs().max() <= 0.5 / 255 + 1e-6
+    chunks = len(computed) - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upscale.FrameWriter, "write", killed_at(35, upscale.FrameWriter))
+        with pytest.raises(KilledError):
+            run(source, tmp_path / "out", "fps=x2")
+    computed.clear()
+    run(source, tmp_path / "out", "fps=x2")
+    assert 0 < len(computed) < chunks
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "out")]
+    assert files[0] == files[1]
+    run(source, tmp_path / "out.mp4", "fps=x2")
+    assert read_properties(tmp_path / "out.mp4").rate == 50
+
+
 def test_times_of_a_variable_rate_are_kept(tmp_path: Path) -> None:
     times = [0, 40, 80, 100, 120, 200, 210, 300, 333, 400]
     source = video(tmp_path / "in.mp4", frames=10, times=times, sound="aac")
@@ -253,9 +308,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     lengths: list[int] = []
     original = Bicubic.forward
 
-    def forward(self: Bicubic, frames: Tensor, context: Any = None) -> Tensor:
+    def forward(self: Bicubic, frames: Tensor, context: Any = None, times: Any = ()) -> Tensor:
         lengths.append(frames.shape[1])
-        return original(self, frames, context)
+        return original(self, frames, context, times)
 
     monkeypatch.setattr(Bicubic, "forward", forward)
     return lengths
@@ -346,7 +401,14 @@ def test_bad_arguments_are_told_in_one_line(tmp_path: Path) -> None:
         (source, source, ["overwrite=true"], r"output .*in is the input itself"),
         (source, out, ["overlap=8"], r"overlap=8 must be smaller than chunk=8; try chunk=24"),
         (source, tmp_path / "a.mp4", ["crf=99"], r"crf=99 must be a whole number from 0 \(lossless\) to 51"),
-        (source, tmp_path / "a.mp4", ["fps=slow"], r"fps=slow must be a positive number or a fraction"),
+        (source, tmp_path / "a.mp4", ["fps=slow"], r"fps=slow must be a positive number, a fraction such"),
+        (clip, tmp_path / "a.mp4", ["fps=x0"], "fps=x0 leaves no frame; expected x2, x3 and so on"),
+        (
+            clip,
+            tmp_path / "a.mp4",
+            ["fps=x2", "backbone=basicvsr_tiny_untrained"],
+            r"fps=x2 needs a network that makes frames in between, which BasicVSR does not; those that do are STVUN \(",
+        ),
         (clip, tmp_path / "a.mp4", ["fps=30"], r"fps=30 is for folders of frames; the video .*clip\.mp4 keeps its own"),
         (source, tmp_path / "mine", [], r"mine\.partial is in the way, and was not left by an unfinished run"),
     ):

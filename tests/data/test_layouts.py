@@ -112,13 +112,25 @@ def test_vimeo90k_by_motion(tmp_path: Path, name: str, line: str) -> None:
     assert [clip.name for clip in vimeo90k(tmp_path, "test", "medium")] == ["00003/0010"]
 
 
+def test_the_list_of_what_moves_most_is_made_here(tmp_path: Path) -> None:
+    make_vimeo90k(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no list of the motion part .*motion_testset.txt.*; the command vsrplug m"
+    ):
+        vimeo90k(tmp_path, "test", "motion")
+    (tmp_path / "motion_testset.txt").write_text("00003/0010 12.5\n")
+    assert [clip.name for clip in vimeo90k(tmp_path, "test", "motion")] == ["00003/0010"]
+
+
 def test_vimeo90k_refuses(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*vimeo; data sets are looked for under"):
         vimeo90k(tmp_path / "vimeo")
     with pytest.raises(FileNotFoundError, match=r"no list of the train set in .*: expected sep_trainlist.txt; it"):
         vimeo90k(tmp_path)
     make_vimeo90k(tmp_path)
-    with pytest.raises(ValueError, match=r"one of 'all', 'fast', 'medium', 'slow'; got split='test', motion='quick'"):
+    with pytest.raises(
+        ValueError, match=r"one of 'all', 'fast', 'medium', 'slow', 'motion'; got split='test', motion='quick'"
+    ):
         vimeo90k(tmp_path, "test", "quick")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"only the test set is divided by motion: give split='test' with"):
         vimeo90k(tmp_path, motion="slow")

@@ -168,7 +168,50 @@ def test_one_frame_is_a_window() -> None:
     assert samples[0]["flow_backward"].shape == (0, 2, 6, 6)
 
 
+@pytest.mark.parametrize(("frames", "between"), [(3, 1), (5, 1), (3, 3)])
+@pytest.mark.parametrize("kind", [MemoryClip, FlowClip])
+def test_frames_in_between_are_those_of_the_unbroken_window(frames: int, between: int, kind: type) -> None:
+    """A window of every frame of the stretch is the oracle, forwards and reversed."""
+    step, stretch = between + 1, (frames - 1) * (between + 1) + 1
+    middle = stretch // 2
+    clips = [clip(t=10, kind=kind), clip("long", t=12, kind=kind)]
+    masks = lambda lr: (lr > 0.5).float()  # noqa: E731
+    apart = TrainingClips(clips, STVUN(), frames=frames, patch=6, between=between, masks=masks, seed=4)
+    unbroken = TrainingClips(clips, STVUN(), frames=stretch, patch=6, masks=masks, seed=4)
+    for k in range(12):
+        sample, whole = apart[k], unbroken[k]
+        assert sample.keys() == {"name", "lr", "hr", "masks", "lr_between", "hr_between"}
+        assert sample["name"] == whole["name"]
+        for key in ("lr", "hr", "masks"):
+            assert torch.equal(sample[key], whole[key][::step]), key
+        for key in ("lr", "hr"):
+            assert torch.equal(sample[f"{key}_between"], whole[key][middle + 1 : middle + step]), key
+
+
+def test_a_degradation_sees_the_frames_of_a_window_in_order() -> None:
+    seen = []
+
+    class Watching(STVUN):
+        def __call__(self, hr: Tensor) -> Tensor:
+            seen.append((hr[:, 0, 0, 0] * 255).round().int().tolist())
+            return super().__call__(hr)
+
+    only = clip(t=9, kind=PixelClip)
+    only.stored = torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1).expand(9, 3, 48, 48)
+    TrainingClips([only], Watching(), frames=3, patch=6, between=3, augment=False)[0]
+    assert seen == [[0, 4, 5, 6, 7, 8]]
+
+
 def test_refusals() -> None:
+    for given in ({"frames": 4}, {"frames": 1}, {"frames": 3, "mirror": True}):
+        with pytest.raises(
+            ValueError, match=r"between=1 takes windows with a middle frame and one after it: frames=3, 5"
+        ):
+            TrainingClips([clip("long", 20)], BI(), patch=4, between=1, **given)
+    with pytest.raises(ValueError, match="between=-1 takes windows"):
+        TrainingClips([clip()], BI(), frames=3, patch=4, between=-1)
+    with pytest.raises(ValueError, match=r"'a' has 6 frames, .* frames=3 with between=3, which takes 9; leave"):
+        TrainingClips([clip()], BI(), frames=3, patch=4, between=3)
     with pytest.raises(ValueError, match="no clips to train on"):
         TrainingClips([], BI())
     with pytest.raises(ValueError, match=r"clip 'walk' has 6 frames, but training windows have frames=7; leave"):

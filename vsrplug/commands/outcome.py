@@ -21,7 +21,7 @@ from vsrplug.pictures import comparison, save_picture
 from vsrplug.plugged import PluggedModel
 from vsrplug.protocols import Protocol
 
-PICTURE_FRAMES = 7
+PICTURE_FRAMES = 7  # that the networks see
 
 
 def report(
@@ -31,7 +31,7 @@ def report(
     protocol: Protocol,
     folder: Path,
     console: Console,
-    parameters: dict[str, int] | None = None,
+    **more: Any,
 ) -> float:
     """Measure bicubic, the backbone before and the model; write `metrics.json` and `comparison.png`; print a table.
 
@@ -42,7 +42,7 @@ def report(
         protocol: how they are measured.
         folder: where the files go.
         console: where the table goes.
-        parameters: `{"total", "trainable"}` of the model, counted now unless given.
+        more: for `metrics.json`, as it is; `parameters` are counted unless given.
 
     Returns:
         The model's PSNR under the protocol.
@@ -70,12 +70,15 @@ def report(
     figures = final.to_dict() | {
         "seed": cfg.seed,
         "job": sweep.digest(cfg),
-        "parameters": parameters or build.count_parameters(model),
+        "parameters": build.count_parameters(model),
         "versions": build.versions(),
         "choices": build.choices() | {"plugins": ",".join(model.plugins) or "none"},
-        "compared": {name: {"psnr": r.to_dict()["psnr"], "ssim": r.ssim} for name, r in list(reports.items())[:-1]},
+        "compared": {
+            name: {key: one.to_dict()[key] for key in ("psnr", "ssim", "clips")}
+            for name, one in list(reports.items())[:-1]
+        },
     }
-    build.write_json(figures, folder / "metrics.json")
+    build.write_json(figures | more, folder / "metrics.json")
     picture(networks, reports, protocol, folder / "comparison.png")
     console.print(table(reports))
     console.print(f"Results are in {folder}", soft_wrap=True)
@@ -104,15 +107,17 @@ def picture(
     compared = list(reports.values())[-2:]
     gains = {clip: figures["psnr"] - compared[0].clips[clip]["psnr"] for clip, figures in compared[-1].clips.items()}
     chosen = next(clip for clip in protocol.clips if clip.name == max(gains, key=lambda name: gains[name]))
-    start = max(0, (len(chosen) - PICTURE_FRAMES) // 2)
+    span = (PICTURE_FRAMES - 1) * (protocol.between + 1) + 1
+    start = max(0, (len(chosen) - span) // 2)
     scale = protocol.degradation.scale
-    hr = torch.stack([crop_to_multiple(f, scale) for f in chosen.frames(start, start + PICTURE_FRAMES)])
+    hr = torch.stack([crop_to_multiple(f, scale) for f in chosen.frames(start, start + span)])
     lr = protocol.degradation(hr)
-    middle = len(hr) // 2
+    covered = protocol.covered(len(hr))
+    middle = next(i for i in range(covered // 2, covered) if i % (protocol.between + 1) or not protocol.between)
     frames = {"low resolution": nn.functional.interpolate(lr, scale_factor=scale, mode="nearest")[middle]}
     with torch.inference_mode():
         for name, (network, masks) in networks.items():
-            frames[name] = _restore(network, lr, masks, protocol.mirror)[middle]
+            frames[name] = _restore(network, lr, masks, protocol)[middle]
     frames["ground truth"] = hr[middle]
     captions = {
         name: f"{psnr(frames[name][None], hr[middle][None], protocol.colour).item():.2f} dB" for name in networks
@@ -120,8 +125,10 @@ def picture(
     save_picture(comparison(frames, captions), path)
 
 
-def _restore(network: nn.Module, lr: Tensor, masks: Any, mirror: bool) -> Tensor:
+def _restore(network: nn.Module, lr: Tensor, masks: Any, protocol: Protocol) -> Tensor:
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     given = None if masks is None else masks(lr)
     with eval_mode(network):
-        return restore(clip_network(network), lr, given, mirror=mirror, device=device).clamp(0, 1).cpu()
+        mirror, between = protocol.mirror, protocol.between
+        sr = restore(clip_network(network), lr, given, mirror=mirror, between=between, device=device)
+    return sr.clamp(0, 1).cpu()

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lightning import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 
+from vsrplug.adversarial import AdversarialModule
 from vsrplug.commands import build, sweep
 from vsrplug.commands.describe import summary
 from vsrplug.commands.outcome import report
+from vsrplug.cost import count_flops, example
 from vsrplug.lora import LoRA, base_state
 from vsrplug.module import VSRModule
 from vsrplug.plugged import PluggedModel, fingerprint
 from vsrplug.plugin_files import save_plugins, write_safetensors
+from vsrplug.protocols import Protocol
+
+CHECKPOINT = "checkpoints/last.ckpt"
 
 
 def main() -> None:
@@ -44,27 +52,45 @@ def run(cfg: DictConfig) -> float:
     model = build.make_model(cfg)
     first = deepcopy(model.backbone)
     protocol = build.make(cfg.protocol)
-    module = VSRModule(
-        model,
-        build.make(cfg.tuning),
-        optimizer=build.make(cfg.optim.optimizer),
-        schedule=build.make(cfg.optim.schedule),
-        losses=build.as_plain(cfg.losses.weights),
-        pixel=build.make(cfg.losses.pixel),
-        validation=protocol,
-        seed=cfg.seed,
-    )
+    module = make_module(cfg, model, protocol)
     console.print(summary(model))
-    parameters = build.count_parameters(model) | {"trainable": module.trainable}  # in one phase or another
+    more: dict[str, Any] = {}
+    more["parameters"] = build.count_parameters(model) | {"trainable": module.trainable}  # in one phase or another
+    if sweep.in_sweep():  # for the report
+        operations = count_flops(model, partial(example, model)).total
+        more |= {"gflop": operations and operations / 1e9}
     if module.trainable:
+        start, resumed = time.perf_counter(), (folder / CHECKPOINT).exists()
         fit(cfg, module, folder, console)
+        more["training_seconds"] = None if resumed else time.perf_counter() - start
         if rank_zero_only.rank > 0:  # one process saves and measures
             return float("nan")
         save(model, folder)
     else:
         console.print("Nothing to train: the model is measured as it is.")
     before = first if module.trainable or model.plugins else None
-    return report(cfg, model, before, protocol, folder, console, parameters)
+    return report(cfg, model, before, protocol, folder, console, **more)
+
+
+def make_module(cfg: DictConfig, model: PluggedModel, protocol: Protocol) -> VSRModule:
+    """What is trained, and how; against a discriminator where the losses have one."""
+    losses = cfg.losses
+    arguments: dict[str, Any] = {
+        "optimizer": build.make(cfg.optim.optimizer),
+        "schedule": build.make(cfg.optim.schedule),
+        "losses": build.as_plain(losses.weights),
+        "pixel": build.make(losses.pixel),
+        "target": build.make(losses.get("target")),
+        "validation": protocol,
+        "seed": cfg.seed,
+    }
+    if not losses.get("discriminator"):
+        return VSRModule(model, build.make(cfg.tuning), **arguments)
+    discriminator, perceptual = build.make(losses.discriminator), build.make(losses.get("perceptual"))
+    arguments |= {"discriminator": discriminator, "perceptual": perceptual}
+    return AdversarialModule(
+        model, build.make(cfg.tuning), discriminator_lr=losses.get("discriminator_lr", 1e-4), **arguments
+    )
 
 
 def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> None:
@@ -78,7 +104,7 @@ def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> N
     callbacks = [*build.make_each(cfg.callbacks).values()]
     loggers = [*build.make_each(cfg.logger).values()]
     trainer: Trainer = build.make({**build.as_plain(cfg.trainer), "callbacks": callbacks, "logger": loggers})
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
         console.print(f"Going on from {checkpoint}", soft_wrap=True)
     try:

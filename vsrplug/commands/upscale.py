@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections import Counter
 from fractions import Fraction
@@ -34,10 +35,12 @@ from vsrplug.data.video_file import VideoFile
 from vsrplug.data.video_properties import VideoProperties, read_properties
 from vsrplug.data.video_writer import FORMATS, VideoWriter
 from vsrplug.plugged import digests
+from vsrplug.space_time import check_interpolates
 from vsrplug.upscaling import Upscaler
 
 INPUT = "a video file or a folder of frames, for instance: vsrplug upscale input=clip.mp4 output=out.mp4"
 RATE = Fraction(25)  # of a folder of frames
+MULTIPLE = r"x(\d+)"
 
 
 def main() -> None:
@@ -52,11 +55,16 @@ def run(cfg: DictConfig) -> None:
     """
     clip, target = open_input(cfg), check_output(cfg)
     model = build.make_model(cfg)
+    count = multiple(cfg.fps)
+    if count > 1:
+        check_interpolates(model, f"fps={cfg.fps}")
+    total = count * len(clip)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     upscaler = Upscaler(
         model,
         chunk=cfg.chunk,
         overlap=cfg.overlap,
+        between=count - 1,
         tile=cfg.tile,
         tile_overlap=cfg.tile_overlap,
         cut=cfg.cut,
@@ -75,14 +83,15 @@ def run(cfg: DictConfig) -> None:
         speed_estimate_period=600,  # frames come in chunks, which may take minutes
     )
     properties = read_properties(clip.path) if isinstance(clip, VideoFile) else VideoProperties(rate(cfg.fps))
+    properties = properties.more_frames(count)
     with open_output(cfg, clip, target, model, properties) as writer, bar:
-        task = bar.add_task(clip.name, total=len(clip))
+        task = bar.add_task(clip.name, total=total)
         for number, frame in upscaler.frames(clip, writer.missing):
             writer.write(number, torch.rot90(frame, properties.rotation // 90, dims=(-2, -1)))
             computed += 1
             bar.update(task, completed=number + 1)
     seconds = time.perf_counter() - start
-    kept = f" ({len(clip) - computed} were there already)" if computed < len(clip) else ""
+    kept = f" ({total - computed} were there already)" if computed < total else ""
     print(f"{computed} frames{kept} in {seconds:.1f} s, {computed / seconds:.2f} frames a second: {target}")
 
 
@@ -98,7 +107,7 @@ def open_input(cfg: DictConfig) -> FrameFolder | VideoFile:
     """The clip that `input` names.
 
     Raises:
-        ValueError: `input` is not given, has no frames, or is a video though `fps` is given.
+        ValueError: `input` is not given, has no frames, or is a video though `fps` is a rate.
         FileNotFoundError: there is nothing of that name.
     """
     if OmegaConf.is_missing(cfg, "input"):
@@ -107,8 +116,11 @@ def open_input(cfg: DictConfig) -> FrameFolder | VideoFile:
     if not path.exists():
         raise FileNotFoundError(f"there is no input {path}; expected {INPUT}")
     clip = FrameFolder(path) if path.is_dir() else VideoFile(path)
-    if isinstance(clip, VideoFile) and cfg.fps is not None:
-        raise ValueError(f"fps={cfg.fps} is for folders of frames; the video {path} keeps its own rate")
+    if isinstance(clip, VideoFile) and cfg.fps is not None and not re.fullmatch(MULTIPLE, str(cfg.fps)):
+        raise ValueError(
+            f"fps={cfg.fps} is for folders of frames; the video {path} keeps its own rate, or a multiple of it: fps=x2"
+        )
+    multiple(cfg.fps)
     if not len(clip):
         raise ValueError(f"input {path} has no frames")
     return clip
@@ -146,7 +158,7 @@ def open_output(
     """The writer that fits the output's name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir() or target.suffix.lower() not in FORMATS:
-        return FrameWriter(target, frame_names(clip), settings(cfg, clip, model))
+        return FrameWriter(target, frame_names(clip, multiple(cfg.fps)), settings(cfg, clip, model))
     scale: Any = model.backbone.scale  # type: ignore[union-attr]
     height, width = (scale * side for side in next(iter(clip.frames(0, 1))).shape[-2:])
     size = (width, height) if properties.rotation % 180 else (height, width)
@@ -154,26 +166,40 @@ def open_output(
     return VideoWriter(target, size, properties.upright(), cfg.crf, sound)
 
 
+def multiple(fps: Any) -> int:
+    """How many frames there are to be for each: 2 for "x2", 1 where `fps` is a rate or not given.
+
+    Raises:
+        ValueError: none, "x0".
+    """
+    found = re.fullmatch(MULTIPLE, str(fps))
+    if found and not int(found[1]):
+        raise ValueError(f"fps={fps} leaves no frame; expected x2, x3 and so on")
+    return int(found[1]) if found else 1
+
+
 def rate(fps: Any) -> Fraction:
-    """Frames a second, from a number or a fraction such as 30000/1001.
+    """Frames a second of a folder's frames, from a number or a fraction such as 30000/1001; 25 for a multiple.
 
     Raises:
         ValueError: it is neither, or not positive.
     """
     try:
-        frames = RATE if fps is None else Fraction(str(fps))
+        frames = RATE if fps is None or re.fullmatch(MULTIPLE, str(fps)) else Fraction(str(fps))
     except (ValueError, ZeroDivisionError):
         frames = Fraction(0)
     if frames <= 0:
-        raise ValueError(f"fps={fps} must be a positive number or a fraction, such as 25 or 30000/1001")
+        raise ValueError(
+            f"fps={fps} must be a positive number, a fraction such as 30000/1001, or a multiple such as x2"
+        )
     return frames
 
 
-def frame_names(clip: FrameFolder | VideoFile) -> list[str]:
-    """The names of the input's frames where they have some, else their numbers."""
-    stems = [file.stem for file in clip.files] if isinstance(clip, FrameFolder) else []
+def frame_names(clip: FrameFolder | VideoFile, count: int = 1) -> list[str]:
+    """The names of the input's frames where they have some, else, and with `count` frames for each, their numbers."""
+    stems = [file.stem for file in clip.files] if isinstance(clip, FrameFolder) and count == 1 else []
     if not stems or max(Counter(stems).values()) > 1:
-        stems = [f"{number:08d}" for number in range(len(clip))]
+        stems = [f"{number:08d}" for number in range(count * len(clip))]
     return [f"{stem}.png" for stem in stems]
 
 
@@ -183,7 +209,7 @@ def settings(cfg: DictConfig, clip: FrameFolder | VideoFile, model: nn.Module) -
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     keys = ("backbone", "plugins", "masks", "chunk", "overlap", "tile", "tile_overlap", "cut")
     return {key: value for key, value in build.as_plain(cfg).items() if key in keys} | {
-        "frames": len(clip),
+        "frames": multiple(cfg.fps) * len(clip),
         "input": hashlib.sha256(repr(stats).encode()).hexdigest(),
         "weights": hashlib.sha256(repr(sorted(digests(model.state_dict()).items())).encode()).hexdigest(),
         "vsrplug": __version__,

@@ -43,6 +43,8 @@ class VSRDataModule(LightningDataModule):
         workers: loader processes; the samples do not depend on it.
         augment: flip, turn and reverse training windows at random.
         mirror: give every training window followed by itself in reverse, twice its frames.
+        between: frames of a clip left out between each two of a training window; networks that make frames in between
+            learn from those after the middle one (`TrainingClips`).
         seed: which sequence of training samples.
         validation: whose clips and degradation `val_dataloader` gives, one whole clip at a time, or None.
     """
@@ -59,12 +61,21 @@ class VSRDataModule(LightningDataModule):
         workers: int = 0,
         augment: bool = True,
         mirror: bool = False,
+        between: int = 0,
         seed: int = 0,
         validation: Protocol | None = None,
     ) -> None:
         super().__init__()
         self.samples = TrainingClips(
-            clips, degradation, frames=frames, patch=patch, masks=masks, augment=augment, mirror=mirror, seed=seed
+            clips,
+            degradation,
+            frames=frames,
+            patch=patch,
+            masks=masks,
+            augment=augment,
+            mirror=mirror,
+            between=between,
+            seed=seed,
         )
         self.validation = None if validation is None else WholeClips(validation.clips, validation.degradation, masks)
         self.masks = masks

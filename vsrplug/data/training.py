@@ -6,7 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ class Degradation(Protocol):
         ...
 
 
+@runtime_checkable
+class RandomDegradation(Degradation, Protocol):
+    """One that is different each time: called, it draws from the content; training gives it a generator."""
+
+    def degrade(self, hr: Tensor, generator: torch.Generator) -> Tensor:
+        """Degrade the frames as the generator says."""
+        ...
+
+
 class TrainingClips(Dataset[Sample]):
     """An endless map: sample k depends on (seed, k) and nothing else, so a run resumes at any k exactly.
 
@@ -41,7 +50,8 @@ class TrainingClips(Dataset[Sample]):
     random place, and (with `augment`) flipped, turned and reversed in time. The high-resolution window is brought into
     its pose before it is degraded: the grid of LR pixels then lies as in evaluation, which matters for degradations
     that are not symmetric (`bd_duf`). It is degraded with a margin, so that away from the frame's border no LR pixel
-    knows of the crop.
+    knows of the crop. A random degradation draws from the sample's own generator, and is given what is mirrored in
+    time already: the way back is degraded in another way.
 
     Args:
         clips: where windows are cut.
@@ -53,16 +63,21 @@ class TrainingClips(Dataset[Sample]):
         augment: flip, turn and reverse at random.
         mirror: give every window followed by itself in reverse, 2 t frames (BasicSR's `flip_sequence`, with which
             recurrent networks are trained on Vimeo-90K's seven frames).
+        between: frames left out of `lr` and `hr` between each two of a window, which then spans
+            `(frames - 1) * (between + 1) + 1` frames of a clip. Those after the middle one are given by themselves.
         seed: another seed is another sequence of samples.
 
     Returns (of `[k]`):
         `"lr"` (t, 3, patch, patch), `"hr"` (t, 3, s patch, s patch), float32 in [0, 1]; `"name"`, the clip's;
         `"masks"` (t, m, patch, patch) where a mask source is given, or, from `CachedMasks`, `"mask_words"`
         (t, patch, patch) int64, for `vsrplug.masks.unpack`; `"flow_backward"` and `"flow_forward"`
-        (t-1, 2, patch, patch) in LR pixels where the clip knows its flows. With `mirror`, t is 2 `frames`.
+        (t-1, 2, patch, patch) in LR pixels where the clip knows its flows. With `mirror`, t is 2 `frames`. With
+        `between`, there are no flows, but `"lr_between"` (between, 3, patch, patch) and `"hr_between"` (between, 3,
+        s patch, s patch), what lies between the middle frame of `hr` and the next.
 
     Raises:
-        ValueError: there are no clips, a clip is shorter than `frames`, or `patch` is larger than a clip's frames.
+        ValueError: there are no clips, a clip is shorter than a window, or `patch` is larger than a clip's frames;
+            `between` without a middle frame, or with `mirror`.
     """
 
     def __init__(
@@ -75,6 +90,7 @@ class TrainingClips(Dataset[Sample]):
         masks: Callable[[Tensor], Tensor] | None = None,
         augment: bool = True,
         mirror: bool = False,
+        between: int = 0,
         seed: int = 0,
     ) -> None:
         if not len(clips):
@@ -85,9 +101,16 @@ class TrainingClips(Dataset[Sample]):
             )
         if frames < 1 or patch < 1:
             raise ValueError(f"frames and patch are counts of at least 1, got frames={frames}, patch={patch}")
+        if between < 0 or (between and (frames < 3 or frames % 2 == 0 or mirror)):
+            raise ValueError(
+                f"between={between} takes windows with a middle frame and one after it: frames=3, 5 or more, odd, and "
+                f"mirror=false; got frames={frames}, mirror={str(mirror).lower()}"
+            )
         self.clips = clips
         self.degradation = degradation
         self.frames = frames
+        self.between = between
+        self.span = (frames - 1) * (between + 1) + 1  # frames of the clip that a window covers
         self.patch = patch
         self.augment = augment
         self.mirror = mirror
@@ -98,7 +121,7 @@ class TrainingClips(Dataset[Sample]):
         elif masks is not None:
             self._masks = MaskCache(clips, masks, self._low_resolution)
         self._sizes = [self._size(clip) for clip in clips]
-        self._ends = list(accumulate(len(clip) - frames + 1 for clip in clips))  # running count of windows
+        self._ends = list(accumulate(len(clip) - self.span + 1 for clip in clips))  # running count of windows
 
     def __getitem__(self, k: int) -> Sample:
         digest = hashlib.blake2b(f"{self.seed} {k}".encode(), digest_size=4).digest()  # seed + k would repeat samples
@@ -118,15 +141,39 @@ class TrainingClips(Dataset[Sample]):
         sample = pose.move(self._cut(index, start, outer))
         if sample["hr"].dtype == torch.uint8:  # bytes are moved faster than floats
             sample["hr"] = sample["hr"].float().div_(255)
-        sample["lr"] = self.degradation(sample["hr"])
+        sample = self._degraded(sample, generator)
         relative = inner._replace(top=inner.top - outer.top, left=inner.left - outer.left)
-        sample = crop(sample, pose.move_box(relative, outer.height, outer.width), self.degradation.scale)
-        return mirror_time(sample) if self.mirror else sample
+        return crop(sample, pose.move_box(relative, outer.height, outer.width), self.degradation.scale)
+
+    def _degraded(self, sample: Sample, generator: torch.Generator) -> Sample:
+        """With `lr`, and mirrored; what lies in between is taken out of all."""
+        random = isinstance(self.degradation, RandomDegradation)
+
+        def degrade(hr: Tensor) -> Tensor:
+            if isinstance(self.degradation, RandomDegradation):
+                return self.degradation.degrade(hr, generator)
+            return self.degradation(hr)
+
+        if not self.between:
+            sample = mirror_time(sample) if self.mirror and random else sample
+            sample |= {"lr": degrade(sample["hr"])}
+            return mirror_time(sample) if self.mirror and not random else sample
+        step, first = self.between + 1, self.frames // 2 + 1  # frames up to the middle one
+        middle = (first - 1) * step
+        wanted = [*range(0, middle, step), *range(middle, middle + step), *range(middle + step, self.span, step)]
+        hr = sample["hr"][wanted]
+        lr = degrade(hr)  # in one go: there are degradations that change in the course of a clip
+        after = slice(first, first + self.between)
+        for key, clip in (("hr", hr), ("lr", lr)):
+            sample |= {key: torch.cat([clip[: after.start], clip[after.stop :]]), f"{key}_between": clip[after]}
+        if self._masks is not None:
+            sample[self._masks.key] = sample[self._masks.key][::step]
+        return sample
 
     def _cut(self, index: int, start: int, box: Box) -> Sample:
         """The window of a clip that starts at frame `start`, all but `lr`; `hr` as uint8 where the clip holds that."""
         clip = self.clips[index]
-        stop, scale = start + self.frames, self.degradation.scale
+        stop, scale = start + self.span, self.degradation.scale
         pixels = getattr(clip, "pixels", None)
         if pixels is not None:
             hr = box.scaled(scale).cut(pixels[start:stop])
@@ -135,7 +182,7 @@ class TrainingClips(Dataset[Sample]):
         sample: Sample = {"hr": hr, "name": clip.name}
         if self._masks is not None:
             sample[self._masks.key] = self._masks.window(index, start, stop, box)
-        if hasattr(clip, "flows"):
+        if hasattr(clip, "flows") and not self.between:
             flows = clip.flows(scale)
             sample["flow_backward"] = box.cut(flows.backward[start : stop - 1]).float()
             sample["flow_forward"] = box.cut(flows.forward[start : stop - 1]).float()
@@ -143,9 +190,10 @@ class TrainingClips(Dataset[Sample]):
 
     def _size(self, clip: Clip) -> tuple[int, int]:
         """Height and width of the clip's LR frames, once it is known that windows can be cut from it."""
-        if len(clip) < self.frames:
+        if len(clip) < self.span:
+            apart = f" with between={self.between}, which takes {self.span}" if self.between else ""
             raise ValueError(
-                f"clip {clip.name!r} has {len(clip)} frames, but training windows have frames={self.frames}; "
+                f"clip {clip.name!r} has {len(clip)} frames, but training windows have frames={self.frames}{apart}; "
                 "leave the clip out or train on shorter windows"
             )
         pixels, size = getattr(clip, "pixels", None), getattr(clip, "size", None)

@@ -1,7 +1,7 @@
 """Crops, flips, quarter turns, time reversal and mirroring that move frames, masks and flows together.
 
-A sample is a dict. `lr`, `hr` and `masks` are (t, c, h, w); `flow_backward` and `flow_forward` are (t-1, 2, h, w), LR
-pixels, x then y; anything that is not a tensor (the name) is kept as it is.
+A sample is a dict. `lr`, `hr`, `lr_between`, `hr_between` and `masks` are (t, c, h, w); `flow_backward` and
+`flow_forward` are (t-1, 2, h, w), LR pixels, x then y; anything that is not a tensor (the name) is kept as it is.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Box(NamedTuple):
 
 
 def crop(sample: Sample, box: Box, scale: int) -> Sample:
-    """The rectangle `box` (LR pixels) of every tensor; `hr` is cut at `scale` times the coordinates."""
+    """The rectangle `box` (LR pixels) of every tensor; `hr` and `hr_between` at `scale` times the coordinates."""
     return {
-        key: (box.scaled(scale) if key == "hr" else box).cut(value) if isinstance(value, Tensor) else value
+        key: (box.scaled(scale) if key.startswith("hr") else box).cut(value) if isinstance(value, Tensor) else value
         for key, value in sample.items()
     }
 

@@ -55,6 +55,15 @@ class VideoProperties:
         """Of the same video with its frames turned."""
         return replace(self, rotation=0, aspect=1 / self.aspect if self.rotation % 180 else self.aspect)
 
+    def more_frames(self, count: int) -> VideoProperties:
+        """Of the same video with `count` frames for each, evenly spaced up to the next; it lasts as long."""
+        if self.times is None or count == 1:
+            return replace(self, rate=count * self.rate)
+        steps = [b - a for a, b in pairwise(self.times)] or [1 / self.rate]
+        ways = zip(self.times, [*steps, steps[-1]][: len(self.times)], strict=True)
+        times = tuple(time + step * k / count for time, step in ways for k in range(count))
+        return replace(self, rate=count * self.rate, times=times)
+
 
 def read_properties(path: str | Path) -> VideoProperties:
     """The properties of the first video stream of a file.

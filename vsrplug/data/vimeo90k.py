@@ -15,7 +15,7 @@ from vsrplug.data.frame_folder import FrameFolder
 from vsrplug.data.sources import existing_folder
 
 Split = Literal["train", "test"]
-Motion = Literal["all", "fast", "medium", "slow"]
+Motion = Literal["all", "fast", "medium", "slow", "motion"]
 
 _FRAMES = 7
 # The names under which the lists by motion are passed around; the first that is there is read.
@@ -63,6 +63,7 @@ def vimeo90k(root: str | Path, split: Split = "train", motion: Motion = "all") -
     `sep_trainlist.txt` (64,612 septuplets) and `sep_testlist.txt` (7,824) come with the data. The test set by motion is
     in lists of their own, 1,225 fast, 4,977 medium and 1,613 slow (nine with black frames are in none): EDVR's
     authors publish them as `meta_info_Vimeo90K_test_fast_GT.txt` and so on in BasicSR, others as `fast_testset.txt`.
+    Vimeo90K-Motion of MANA (paper 000), the 6 % that move most, was not published: `vsrplug motion` makes the list.
     Clips are called `00001/0001` and so on, as in the lists. That super-resolution is measured on the fourth frame is
     the protocols' affair.
 
@@ -71,7 +72,7 @@ def vimeo90k(root: str | Path, split: Split = "train", motion: Motion = "all") -
     Args:
         root: the folder of `sequences` and the lists, `vimeo_septuplet` as it is unpacked.
         split: `"train"` or `"test"`.
-        motion: `"fast"`, `"medium"` or `"slow"` for that part of the test set, or `"all"`.
+        motion: `"fast"`, `"medium"`, `"slow"` or `"motion"` for that part of the test set, or `"all"`.
 
     Raises:
         FileNotFoundError: there is no folder `root`, or no list of what is asked for.
@@ -105,7 +106,8 @@ def _list_of(root: Path, split: Split, motion: Motion) -> Path:
     for name in names:
         if (root / name).is_file():
             return root / name
-    where = "it comes with vimeo_septuplet.zip" if motion == "all" else "BasicSR has it in basicsr/data/meta_info"
+    makers = {"all": "it comes with vimeo_septuplet.zip", "motion": "the command vsrplug motion makes it"}
+    where = makers.get(motion, "BasicSR has it in basicsr/data/meta_info")
     raise FileNotFoundError(
         f"there is no list of the {_described(split, motion)} in {root}: expected {' or '.join(names)}; {where}"
     )
