@@ -205,7 +205,7 @@ def test_version(vsrplug: Callable[..., None], capsys: pytest.CaptureFixture[str
 
 def test_an_unknown_command_offers_the_nearest(vsrplug: Callable[..., None]) -> None:
     with pytest.raises(
-        SystemExit, match=r"^vsrplug: there is no command 'trian'; did you mean 'train'\? Known: train,"
+        SystemExit, match=r"^vsrplug: there is no command 'trian'; did you mean 'train' or 'motion'\? Known: train,"
     ):
         vsrplug("trian")
 
