@@ -293,6 +293,9 @@ def test_the_discriminator_plays_in_the_phases_that_name_it() -> None:
         its = {name for name in moved(steps.states[step - 1] if step else before, state) if "discriminator" in name}
         assert bool(its) == (step >= 3), step
     assert sorted({step for step in called if step > 0}) == [3, 4, 5, 6, 7]  # and 0, by the trial passes
+    for phase, plays in enumerate((False, True, True)):  # what DDP waits for
+        module._set(phase)
+        assert {parameter.requires_grad for parameter in module.discriminator.parameters()} == {plays}
     # Adam's first step is the rate itself, and later ones are not: its state went on in `both`, and began in `afresh`.
     name = "discriminator.logits.bias"
     sizes = [(b[name] - a[name]).abs().item() for a, b in zip(steps.states[2:], steps.states[3:], strict=False)]
@@ -369,6 +372,7 @@ def test_constant_weights_are_in_no_checkpoint(vgg: Path) -> None:
     assert {name.partition(".")[0] for name in module.state_dict()} == {"model", "discriminator"}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path) -> None:
     script = Path(__file__).with_name("two_adversaries.py")
     for devices, out in ((1, "one"), (2, "two")):
