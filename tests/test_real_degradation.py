@@ -108,18 +108,23 @@ def test_sharpening_is_unsharp_masking_with_a_soft_threshold(hr: Tensor) -> None
     assert sharpen(torch.rand(3, 8, 8)).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize(("mode", "order"), [("bilinear", Image.Resampling.BILINEAR), ("area", Image.Resampling.BOX)])
-def test_resizing_to_half_is_pillows(mode: Any, order: Image.Resampling) -> None:
-    frame = torch.rand(3, 8, 12)
-    small = resize(frame, (4, 6), mode)
-    if mode == "area":
-        for plane, found in zip(frame, small, strict=True):
-            assert np.abs(np.asarray(Image.fromarray(plane.numpy()).resize((6, 4), order)) - found.numpy()).max() < 1e-6
-    else:  # without smoothing, a sample between four pixels is their mean, at any factor
-        third = resize(torch.rand(3, 12, 12), (3, 3), mode)
-        assert third.shape == (3, 3, 3)
-        assert torch.allclose(small, frame.unfold(1, 2, 2).unfold(2, 2, 2).mean((-2, -1)), atol=1e-6)
-    assert resize(frame, (8, 12), mode) is frame
+def test_resizing_by_area_is_pillows_box() -> None:
+    frame = torch.rand(3, 12, 20)
+    for plane, found in zip(frame, resize(frame, (4, 5), "area"), strict=True):
+        expected = np.asarray(Image.fromarray(plane.numpy()).resize((5, 4), Image.Resampling.BOX))
+        assert np.abs(expected - found.numpy()).max() < 1e-6
+    assert resize(frame, (12, 20), "area") is frame
+
+
+def test_resizing_by_cubics_is_keys_kernel_with_a_of_three_quarters() -> None:
+    """OpenCV's; enlarged twice, a sample is a quarter of a pixel off, at the weights of that place."""
+    row = torch.rand(12)
+    a = -0.75
+    near = [(a + 2) * d**3 - (a + 3) * d**2 + 1 for d in (0.25, 0.75)]
+    far = [a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a for d in (1.25, 1.75)]
+    expected = far[1] * row[3] + near[1] * row[4] + near[0] * row[5] + far[0] * row[6]  # sample 10, at 4.75
+    found = resize(row.expand(3, 12, 12), (24, 24), "bicubic")[0, 12, 10]
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_downsizing_does_not_smooth() -> None:
