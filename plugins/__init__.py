@@ -14,6 +14,7 @@ from .gaussian_cross_frame_attention import GaussianCrossFrameAttention, Gaussia
 from .image_cleaning import ImageCleaning, ImageCleaningPlugin, cleaning_loss
 from .latent_attention import LatentAttention, LatentAttentionPlugin, LongRangeAttention, ShortRangeAttention
 from .memory_bank import MemoryBank, MemoryBankPlugin
+from .residual_convolutions import ResidualConvolutions, ResidualConvolutionsPlugin
 from .second_order_propagation import SecondOrderPropagation, SecondOrderPropagationPlugin, compose_flows
 from .seem import SEEM, SEEMPlugin, SemanticRepresentation
 
@@ -32,6 +33,8 @@ __all__ = [
     "LongRangeAttention",
     "MemoryBank",
     "MemoryBankPlugin",
+    "ResidualConvolutions",
+    "ResidualConvolutionsPlugin",
     "SEEMPlugin",
     "SecondOrderPropagation",
     "SecondOrderPropagationPlugin",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -148,27 +149,45 @@ def jpeg(frame: Tensor, quality: int) -> Tensor:
     return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
 
 
-def compress_video(frames: Sequence[Tensor], codec: str, bits: float) -> list[Tensor]:
+def content_generator(hr: Tensor) -> torch.Generator:
+    """A generator seeded by the frames themselves: who degrades a clip twice gets the same clip."""
+    levels = (hr.cpu() * 255).round().to(torch.uint8).contiguous()
+    digest = hashlib.blake2b(f"{tuple(hr.shape)}".encode() + levels.numpy().tobytes(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
+
+
+def compress_video(
+    frames: Sequence[Tensor], codec: str, bits: float | None = None, crf: int | None = None
+) -> list[Tensor]:
     """Frames (3, h, w) uint8 of one size through a video codec, in memory.
 
     Args:
         frames: at least one.
         codec: an encoder of PyAV's FFmpeg, such as `"libx264"`, `"mpeg4"`, `"mpeg2video"`.
-        bits: a frame, which the encoder aims at.
+        bits: a frame, which the encoder aims at; or
+        crf: constant rate factor of libx264, 0 (lossless) to 51, for frames at 25 a second.
 
     Returns:
         As many frames of that size, uint8.
     """
     height, width = frames[0].shape[-2:]
     encoder = av.CodecContext.create(codec, "w")
-    # 4:2:0 has even sizes. One frame a second: rate control then has time to find its rate within a short clip.
+    # 4:2:0 has even sizes.
     encoder.height, encoder.width, encoder.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
-    encoder.bit_rate, encoder.framerate, encoder.time_base = max(1000, round(bits)), Fraction(1), Fraction(1)
+    # One frame a second for a bit rate: rate control then has time to find its rate within a short clip.
+    rate = Fraction(1) if crf is None else Fraction(25)
+    encoder.framerate, encoder.time_base = rate, 1 / rate
     encoder.thread_count = 1  # what libx264 makes depends on the number of threads
+    options: dict[str, str] = {}
     if encoder.name == "libx264":
         # Its macroblock tree reads beyond its rows: unless the width is a multiple of 128, the same frames gave two
         # results.
-        encoder.options = {"x264-params": "mbtree=0"}
+        options["x264-params"] = "mbtree=0"
+    if crf is not None:
+        options["crf"] = str(crf)
+    elif bits is not None:
+        encoder.bit_rate = max(1000, round(bits))
+    encoder.options = options
     packets = []
     for number, frame in enumerate(frames):
         even = F.pad(frame[None].float(), (0, width % 2, 0, height % 2), mode="replicate")[0].byte()

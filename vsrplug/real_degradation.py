@@ -8,7 +8,6 @@ and steps are those of the authors' training, mmagic's `realbasicvsr_wogan-c64b2
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from vsrplug._corruption import (
     blur,
     blur_kernel,
     compress_video,
+    content_generator,
     gaussian_noise,
     jpeg,
     poisson_noise,
@@ -123,9 +123,7 @@ class Real:
     def __call__(self, hr: Tensor) -> Tensor:
         """Degrade a clip, always in the same way."""
         self._check(hr)
-        levels = (hr.cpu() * 255).round().to(torch.uint8).contiguous()
-        digest = hashlib.blake2b(f"{tuple(hr.shape)}".encode() + levels.numpy().tobytes(), digest_size=4).digest()
-        return self.degrade(hr, torch.Generator().manual_seed(int.from_bytes(digest)))
+        return self.degrade(hr, content_generator(hr))
 
     def degrade(self, hr: Tensor, generator: torch.Generator) -> Tensor:
         """Degrade a clip (t, 3, H, W) -> (t, 3, H / s, W / s) as the generator says."""

@@ -21,6 +21,7 @@ from vsrplug.plugins import (
     ImageCleaningPlugin,
     LatentAttentionPlugin,
     MemoryBankPlugin,
+    ResidualConvolutionsPlugin,
     SecondOrderPropagationPlugin,
     SEEMPlugin,
 )
@@ -66,6 +67,7 @@ PLUGINS = {
     "image_cleaning": Row(ImageCleaningPlugin, {"width": 8, "blocks": 1}, where="^input$", channels=3, target=True),
     "latent_attention": Row(LatentAttentionPlugin, {"order": ("short", "long")}),
     "memory_bank": Row(MemoryBankPlugin, {"groups": 4, "entries": 8}),
+    "residual_convolutions": Row(ResidualConvolutionsPlugin, {"width": 8}),
     "second_order_propagation": Row(SecondOrderPropagationPlugin, {}, where="_(warped|output)$"),
     "seem": Row(SEEMPlugin, {"masks": MASKS}, masks=True),
 }

@@ -47,6 +47,14 @@ def test_a_folder_that_is_one_clip(tmp_path: Path) -> None:
     assert (clip.name, len(clip)) == ("walk", 3)
 
 
+def test_some_of_a_folders_clips(tmp_path: Path) -> None:
+    for name in ("cows", "dog", "goat"):
+        frames(tmp_path / name, 2)
+    assert [clip.name for clip in folder(tmp_path, only=["goat", "cows"])] == ["cows", "goat"]
+    with pytest.raises(ValueError, match="only: there is no clip 'gaot'; did you mean 'goat'"):
+        folder(tmp_path, only=["cows", "gaot"])
+
+
 def test_folder_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="holds no clips; expected folders of frames, frames, or video files"):
         folder(tmp_path)

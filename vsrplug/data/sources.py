@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from vsrplug.data.clip import Clip
 from vsrplug.data.frame_folder import FrameFolder, in_order, is_image
 from vsrplug.data.video_file import VideoFile, is_video
+from vsrplug.site import unknown_name
 
 _VID4 = {"calendar": 41, "city": 34, "foliage": 49, "walk": 47}  # frames of each clip
 
 
-def folder(root: str | Path) -> list[Clip]:
+def folder(root: str | Path, only: Sequence[str] | None = None) -> list[Clip]:
     """Clips of your own: `root` holds a folder of frames for each clip, video files, or both; or it is one clip itself.
+
+    Args:
+        root: the folder.
+        only: names of the clips to take, so that training and validation may lie in one folder; None takes all.
 
     Raises:
         FileNotFoundError: there is no folder `root`.
-        ValueError: it is empty, holds frames beside clips, or two clips have one name.
+        ValueError: it is empty, holds frames beside clips, two clips have one name, or `only` names one that is not
+            there.
     """
+    clips = _of_folder(root)
+    if only is None:
+        return clips
+    named = {clip.name: clip for clip in clips}
+    for name in only:
+        if name not in named:
+            raise ValueError(f"only: {unknown_name('clip', name, named)}")
+    return [clip for clip in clips if clip.name in set(only)]
+
+
+def _of_folder(root: str | Path) -> list[Clip]:
     root = existing_folder(root)
     inside = sorted((path for path in root.iterdir() if not path.name.startswith(".")), key=in_order)
     images = [path for path in inside if is_image(path)]
