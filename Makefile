@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: .venv/installed
 	$(BIN)/vsrplug demo
@@ -17,11 +17,15 @@ lint: .venv/installed-dev .venv-types/installed
 	$(BIN)/ruff format --check .
 	cd tests && ../.venv-types/bin/python -m mypy --config-file ../pyproject.toml
 
+# The site, in site/.
+docs: .venv/installed-dev
+	$(BIN)/mkdocs build --strict
+
 bench: .venv/installed
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf .venv .venv-types demo runs
+	rm -rf .venv .venv-types demo runs site
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vsrplug needs Python 3.11 or newer; try make PYTHON=python3.12")'

@@ -31,7 +31,8 @@ from vsrplug.backbones import EDVR, BasicVSR, SPyNet
 from vsrplug.callbacks import EMA
 from vsrplug.checkpoints import WholeCheckpoints
 from vsrplug.degradations import BI
-from vsrplug.guards import Action, FiniteGuard, OffsetGuard
+from vsrplug.finite_guard import FiniteGuard
+from vsrplug.offset_guard import Action, OffsetGuard
 from vsrplug.offsets import alignment_layers
 from vsrplug.plugged import PluggedModel
 from vsrplug.plugins import FlowGuidedDeformableAlignmentPlugin
