@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsrplug.context import Context
+from vsrplug.maps import Maps, at_site, over_time
 from vsrplug.plugin import Plugin
 from vsrplug.site import SiteSpec
 
@@ -182,6 +183,15 @@ class EFST(nn.Module):
             )
         return self.fusion.refine(self.early_fusion(features.flatten(1, 2)), features)
 
+    def maps(self, features: Tensor, *, at: tuple[int, int, int] | None = None) -> Maps:
+        """The confidence in each frame, (h, w) in [0, 1], of the first of a batch, for pictures (fig. 6).
+
+        Args:
+            features: (b, n, c, h, w).
+            at: not used: every pixel of all frames is shown.
+        """
+        return {"confidence": over_time(self.refine(features[:1])[1][0], self.fusion.frames // 2)}
+
 
 class EFSTPlugin(Plugin):
     """A `SpatioTemporalFusion` at each site: the backbone's own fused feature is E.
@@ -250,6 +260,23 @@ class EFSTPlugin(Plugin):
             refined, confidence = module.refine(feature, neighbours)
         context.memo[self, site, t] = confidence.detach()
         return refined
+
+    def maps(
+        self,
+        feature: Tensor,
+        context: Context,
+        *,
+        site: str,
+        at: tuple[int, int, int],
+        t: int | None = None,
+        **given: Any,
+    ) -> Maps:
+        """The confidence in each of the frames around, (h, w) in [0, 1] (fig. 6), as the pass had it."""
+        if site == self.neighbours:
+            return {}
+        confidence: Tensor = context.memo[self, site, t][0]
+        planes = confidence[at[0]] if feature.ndim == 5 else confidence
+        return at_site({"confidence": over_time(planes, len(planes) // 2)}, site)
 
     def _neighbours(self, feature: Tensor, context: Context, site: str, given: Mapping[str, Any]) -> Tensor:
         if self.neighbours:

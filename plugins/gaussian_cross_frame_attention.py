@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vsrplug.context import Context
+from vsrplug.maps import Maps, at_site, over_time
 from vsrplug.plugin import Plugin
 from vsrplug.site import SiteSpec
 
@@ -128,13 +129,43 @@ class GaussianCrossFrameAttention(nn.Module):
             ValueError: the module was made for an even number of frames, which has no centre.
         """
         check_centre(self.frames)
-        normalised, half, last = self._normalise(clip), self.frames // 2, clip.shape[1] - 1
+        normalised = self._normalise(clip)
         keys, values = self._embed(normalised)
         refined = list(clip.unbind(1))
         for centre in centres:
-            window = [min(max(frame, 0), last) for frame in range(centre - half, centre + half + 1)]
+            window = self.around(centre, clip.shape[1])
             refined[centre] = self._refine(clip[:, centre], normalised[:, centre], keys, values, window)
         return torch.stack(refined, 1)
+
+    def around(self, centre: int, count: int) -> list[int]:
+        """The frames around one of a clip of `count`, the first and the last standing in beyond its ends."""
+        first = centre - self.frames // 2
+        return [min(max(frame, 0), count - 1) for frame in range(first, first + self.frames)]
+
+    def maps(self, query: Tensor, clip: Tensor, *, at: tuple[int, int, int]) -> Maps:
+        """The weights that one pixel of the query gives to the pixels of every frame, for pictures.
+
+        Args:
+            query, clip: as in `forward`; the first of a batch is shown.
+            at: a frame, which does not matter here, and row and column of the pixel in the query.
+
+        Returns:
+            `"attention"`: for each of the T frames (h, w). Their sum is 1 for every frame, but for what the Gaussian
+            takes away; of `"product"` they have no sum, and may be negative.
+        """
+        _, row, column = at
+        asking = self.query(self.norm(query[:1]))[0, :, row, column]
+        scores = torch.einsum("c,tchw->thw", asking, self.key(self.norm(clip[0])))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        y, x = (torch.arange(size, device=scores.device) for size in scores.shape[1:])
+        squared = (y[:, None] - row).square() + (x - column).square()
+        logarithm = -squared / (2 * self.sigma.to(scores.dtype).abs().clamp(min=1e-6).square())
+        if self.weighting == "softmax_of_gaussian":
+            weights = (scores + logarithm).flatten(1).softmax(1).view_as(scores)
+        else:
+            softmax = self.weighting == "gaussian_of_softmax"
+            weights = (scores.flatten(1).softmax(1).view_as(scores) if softmax else scores) * logarithm.exp()
+        return {"attention": over_time(weights, self.frames // 2)}
 
     def _normalise(self, clip: Tensor) -> Tensor:
         return self.norm(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
@@ -208,6 +239,21 @@ class GaussianCrossFrameAttentionPlugin(Plugin):
         count = feature.shape[1]
         attention: GaussianCrossFrameAttention = self.at[site]  # type: ignore[assignment]
         return attention.refine_clip(feature, range(count) if context.window is None else [count // 2])
+
+    def maps(
+        self,
+        feature: Tensor,
+        context: Context,
+        *,
+        site: str,
+        at: tuple[int, int, int],
+        t: int | None = None,
+        **given: Any,
+    ) -> Maps:
+        """What a pixel of the frame attends to, see `GaussianCrossFrameAttention.maps`."""
+        attention: GaussianCrossFrameAttention = self.at[site]  # type: ignore[assignment]
+        window = feature[:1, attention.around(at[0], feature.shape[1])]
+        return at_site(attention.maps(feature[:1, at[0]], window, at=at), site)
 
 
 def check_centre(frames: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from vsrplug.context import Context
+from vsrplug.maps import Maps, at_site, over_time
 from vsrplug.plugin import Plugin
 from vsrplug.site import Kind, SiteSpec
 
@@ -275,10 +276,40 @@ class LatentAttention(nn.Module):
         """The refined clip, and the mean of the blocks' divergences, a scalar; None without a variance."""
         divergences = []
         for block in self.blocks:
-            keys = (clip, *external) if external and isinstance(block, LongRangeAttention) else ()
+            keys = self._keys(block, clip, external)
             clip, divergence = block.refine(clip, *keys)  # type: ignore[operator]
             divergences.append(divergence)
         return clip, None if divergences[0] is None else torch.stack(divergences).mean()
+
+    def maps(self, clip: Tensor, *external: Tensor, at: tuple[int, int, int]) -> Maps:
+        """What the first block of each kind attends to, in the first clip of a batch, for pictures (fig. 7, 8).
+
+        Args:
+            clip, external: as in `forward`.
+            at: frame, row and column.
+
+        Returns:
+            `"long-range attention"`: the weights that the position `at` gives to every frame at a quarter of the size,
+            and to every external key; together they are 1. `"short-range mask"`: of every frame, (h, w), the mean of
+            the mask over its channels, in [0, 1].
+        """
+        found: Maps = {}
+        kinds = {type(block) for block in self.blocks}
+        for block in self.blocks:
+            keys = self._keys(block, clip, external)
+            if isinstance(block, LongRangeAttention) and "long-range attention" not in found:
+                own, *others = (weights[0, 0] for weights in block.attend(clip, *keys, at=[at]))
+                titled = {f"key {i}": plane for i, plane in enumerate(plane for other in others for plane in other)}
+                found["long-range attention"] = over_time(own, at[0]) | titled
+            elif isinstance(block, ShortRangeAttention) and "short-range mask" not in found:
+                found["short-range mask"] = over_time(block.attend(clip)[0].mean(1), at[0])
+            if len(found) == len(kinds):
+                break
+            clip = block(clip, *keys)
+        return found
+
+    def _keys(self, block: nn.Module, clip: Tensor, external: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (clip, *external) if external and isinstance(block, LongRangeAttention) else ()
 
 
 def _leaky(x: Tensor) -> Tensor:
@@ -386,13 +417,35 @@ class LatentAttentionPlugin(Plugin):
     def forward(self, feature: Tensor, context: Context, *, site: str, t: int | None = None, **given: Any) -> Tensor:
         """Refine the feature of a clip, (b, t, c, h, w)."""
         attention: LatentAttention = self.at[site]  # type: ignore[assignment]
-        external = []
-        if self.keys is not None:
-            stride = context.frames.shape[-1] // feature.shape[-1]  # key features as coarse as those of the site
-            external = [F.avg_pool3d(context.memo[self], (1, stride, stride), ceil_mode=True)]
+        external = self._external(feature, context)
         pieces = feature.split(self.length, 1) if feature.shape[1] > self.length else (feature,)
         refined, divergences = zip(*(attention.refine(piece, *external) for piece in pieces), strict=True)
         if divergences[0] is not None:
             shares = (value * piece.shape[1] for value, piece in zip(divergences, pieces, strict=True))
             context.add_loss(self, "kl", sum(shares) / feature.shape[1], site=site, t=t)
         return torch.cat(refined, 1) if len(refined) > 1 else refined[0]
+
+    def maps(
+        self,
+        feature: Tensor,
+        context: Context,
+        *,
+        site: str,
+        at: tuple[int, int, int],
+        t: int | None = None,
+        **given: Any,
+    ) -> Maps:
+        """What a pixel attends to within the frame's sequence, see `LatentAttention.maps`."""
+        attention: LatentAttention = self.at[site]  # type: ignore[assignment]
+        frame, row, column = at
+        start = frame - frame % self.length
+        external = (keys[:1] for keys in self._external(feature, context))
+        sequence = feature[:1, start : start + self.length]
+        return at_site(attention.maps(sequence, *external, at=(frame - start, row, column)), site)
+
+    def _external(self, feature: Tensor, context: Context) -> list[Tensor]:
+        """The embedded key frames, as coarse as the features of the site."""
+        if self.keys is None:
+            return []
+        stride = context.frames.shape[-1] // feature.shape[-1]
+        return [F.avg_pool3d(context.memo[self], (1, stride, stride), ceil_mode=True)]

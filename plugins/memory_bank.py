@@ -5,6 +5,7 @@ Paper: Yu, Liu, Bo, Mei, "Memory-Augmented Non-Local Attention for Video Super-R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsrplug.context import Context
+from vsrplug.maps import Maps, at_site
 from vsrplug.plugin import Plugin
 
 
@@ -79,6 +81,23 @@ class MemoryBank(nn.Module):
         residual = self.output(read).to(feature.dtype)
         return feature + residual, (query - read).abs().mean(dtype=_precise(query))
 
+    def maps(self, feature: Tensor, *, at: tuple[int, int, int] | None = None) -> Maps:
+        """How the first feature (c, h, w) of a batch reads the memory, for pictures.
+
+        Args:
+            feature: (b, c, h, w).
+            at: not used: every pixel is shown.
+
+        Returns:
+            `"recall"`: the entropy of each pixel's weights, from 0 (one entry) to log2 N bits (all alike), and the
+            number of the entry with the largest weight, both (h, w).
+        """
+        query = self.query(self.norm(feature[:1]))[0]
+        scores = torch.einsum("chw,cn->hwn", query, self.memory.to(query.dtype)) / math.sqrt(len(query))
+        weights = scores.softmax(-1, dtype=_precise(scores))
+        entropy = torch.special.entr(weights).sum(-1) / math.log(2)
+        return {"recall": {"entropy, bits": entropy, "strongest entry": weights.argmax(-1)}}
+
 
 def recall(query: Tensor, memory: Tensor) -> Tensor:
     """What the memory holds for each query: MANA eq. 2 before the output projection.
@@ -139,3 +158,17 @@ class MemoryBankPlugin(Plugin):
         refined, quantisation = bank.refine(frames)
         context.add_loss(self, "quantisation", quantisation, site=site, t=t)
         return refined.view_as(feature)
+
+    def maps(
+        self,
+        feature: Tensor,
+        context: Context,
+        *,
+        site: str,
+        at: tuple[int, int, int],
+        t: int | None = None,
+        **given: Any,
+    ) -> Maps:
+        """Which entries the pixels of the frame recall, see `MemoryBank.maps`."""
+        bank: MemoryBank = self.at[site]  # type: ignore[assignment]
+        return at_site(bank.maps(feature[:1, at[0]] if feature.ndim == 5 else feature), site)

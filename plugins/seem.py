@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsrplug.context import Context
+from vsrplug.maps import Maps
 from vsrplug.plugin import Plugin
 from vsrplug.site import SiteSpec
 
@@ -162,6 +163,21 @@ class SEEMPlugin(Plugin):
         if feature.ndim == 4:
             return self._refine(site, feature, representation[:, t])
         return self._refine(site, feature.flatten(0, 1), representation.flatten(0, 1)).view_as(feature)
+
+    def maps(
+        self,
+        feature: Tensor,
+        context: Context,
+        *,
+        site: str,
+        at: tuple[int, int, int],
+        t: int | None = None,
+        **given: Any,
+    ) -> Maps:
+        """The masks of the frame, once: they are the same for all sites."""
+        if site != self.sites[0] or context.masks is None:
+            return {}
+        return {"masks": {"the frame's masks": context.masks[0, at[0]] > 0.5}}
 
     def _refine(self, site: str, feature: Tensor, representation: Tensor) -> Tensor:
         if representation.shape[-2:] != feature.shape[-2:]:  # a site with a stride

@@ -27,7 +27,7 @@ from vsrplug.site import SiteSpec
 ROOT = Path(conf.__file__).parent
 COMMANDS = ("train", "evaluate", "describe", "upscale", "merge", "demo")
 GROUPS = ("backbone", "callbacks", "data", "degradation", "experiment", "logger", "losses", "masks", "optim", "plugins")
-GROUPS += ("protocol", "trainer", "tuning")
+GROUPS += ("protocol", "search", "trainer", "tuning")
 UNTRAINED = "backbone=basicvsr_tiny_untrained"
 NEEDED = {"data=folder": ["data.root={path}"], "data=video": ["data.path={path}"]}
 NEEDED["masks=cached"] = ["masks.folder={path}"]
@@ -254,11 +254,11 @@ def test_every_command_knows_its_own_keys(command: str) -> None:
         build.check_keys(cfg, command)
 
 
-@pytest.mark.parametrize("name", options("experiment"))
-def test_what_an_experiment_says_is_what_runs(name: str) -> None:
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group in ("experiment", "search") for name in options(group)])
+def test_what_an_experiment_says_is_what_runs(choice: str) -> None:
     """A value in the body of train.yaml once won over the experiment's, and a run had twice the batch it claimed."""
-    said: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "experiment" / f"{name}.yaml"))
-    runs: Any = OmegaConf.to_container(composed("train", f"experiment={name}"), resolve=False)
+    said: Any = OmegaConf.to_container(OmegaConf.load(ROOT / f"{choice.replace('=', '/')}.yaml"))
+    runs: Any = OmegaConf.to_container(composed("train", "experiment=demo", choice), resolve=False)
 
     def check(said: Any, runs: Any, path: str) -> None:
         for key, value in said.items():
@@ -267,7 +267,8 @@ def test_what_an_experiment_says_is_what_runs(name: str) -> None:
             else:
                 assert runs[key] == value, f"{path}{key}"
 
-    said.pop("defaults", None)
+    for key in ("defaults", "hydra"):  # what Hydra reads itself
+        said.pop(key, None)
     check(said, runs, "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -273,3 +273,22 @@ def test_vid4_gives_the_published_numbers(
         assert figures["ssim"] == pytest.approx(expected[clip]["ssim"], abs=0.5001e-5)
     if published:
         assert (round(report.psnr, 3), round(report.ssim, 4)) == published
+
+
+def test_around_sees_every_clip_and_decides_what_is_measured(protocol: Protocol) -> None:
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def around(name: str, lr: Tensor, hr: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        seen[name] = lr, hr
+        sr = run()
+        assert torch.equal(sr, imresize(lr, 4))
+        return sr if name == "a" else hr
+
+    report = evaluate(Enlarge(), protocol, progress=False, around=around)
+    assert list(seen) == ["a", "b"]
+    for clip, (lr, hr) in zip(protocol.clips, seen.values(), strict=True):
+        h, w = hr.shape[-2:]
+        assert torch.equal(hr, clip.pixels[..., :h, :w])  # type: ignore[attr-defined]
+        assert torch.equal(lr, BI(4)(hr))
+    assert report.clips["a"] == evaluate(Enlarge(), protocol, progress=False).clips["a"]
+    assert report.clips["b"]["psnr"] == math.inf

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vsrplug import attach, load_backbone, load_official
-from vsrplug.backbones import NETWORKS, BasicVSR, SPyNet
+from vsrplug.backbones import (
+    EDVR,
+    MANA,
+    NETWORKS,
+    STVUN,
+    BasicVSR,
+    BasicVSRPlusPlus,
+    IconVSR,
+    LatentVSR,
+    RealBasicVSR,
+    SPyNet,
+)
 from vsrplug.backbones.spynet import IMAGENET_MEAN, IMAGENET_STD
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -164,7 +177,7 @@ MISFITS = {
     ),
     "another width": (
         lambda: small(channels=6),
-        "file's channels",
+        "but not their sizes: make the network with the file's arguments, of channels, blocks, scale, ",
         r"weight \(8, 11, 3, 3\) here, \(6, 9, 3, 3\) there",
     ),
     "another scale": (
@@ -178,6 +191,74 @@ MISFITS = {
         "2 unexpected in the file: 0.weight",
     ),
 }
+
+
+# The network asked for, weights of what, and what the error says; at the published sizes.
+VARIANTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] = {
+    "BasicVSR into IconVSR": (
+        IconVSR,
+        BasicVSR,
+        r"another variant .* 100 missing in the file: (edvr\.[\w.]+, ){9}edvr\.[\w.]+ and 90 more\. "
+        r"2 unexpected in the file: fusion\.weight, fusion\.bias\. "
+        r"1 of another shape: forward_trunk\.main\.0\.weight \(64, 131, 3, 3\) here, \(64, 67, 3, 3\) there$",
+    ),
+    "EDVR-L into EDVR-M": (
+        EDVR,
+        partial(EDVR, 128, reconstruct_blocks=40),
+        r"file's number of blocks and sizes\).* 120 unexpected in the file: (reconstruction\.1[0-2]\.[\w.]+, ){9}"
+        r"reconstruction\.12\.[\w.]+ and 110 more\. "
+        r"135 of another shape: conv_first\.weight \(64, 3, 3, 3\) here, \(128, 3, 3, 3\) there, .* and 125 more$",
+    ),
+    "EDVR of 7 frames into 5": (
+        EDVR,
+        partial(EDVR, frames=7),
+        r"file's arguments, of channels, frames, .* 2 of another shape: fusion\.feat_fusion\.weight "
+        r"\(64, 320, 1, 1\) here, \(64, 448, 1, 1\) there, fusion\.spatial_attn1\.weight",
+    ),
+    "IconVSR of Vimeo-90K into REDS": (
+        IconVSR,
+        partial(IconVSR, temporal_padding=3),
+        r"file's arguments, of .*temporal_padding.* 2 of another shape: edvr\.fusion\.feat_fusion\.weight",
+    ),
+    "MANA of 256 entries into 512": (
+        MANA,
+        partial(MANA, memory_size=256),
+        r"file's arguments, of .*memory_size.* 1 of another shape: "
+        r"memory_bank\.memory \(64, 512\) here, \(64, 256\) there$",
+    ),
+    "BasicVSR++ of first order into second": (
+        BasicVSRPlusPlus,
+        partial(BasicVSRPlusPlus, alignment="first_order"),
+        r"file's arguments, of .*alignment.* 8 of another shape: "
+        r"deform_align\.backward_1\.weight \(64, 128, 3, 3\) here, \(64, 64, 3, 3\) there",
+    ),
+    "BasicVSR into RealBasicVSR": (
+        RealBasicVSR,
+        BasicVSR,
+        r"weights of another network\).* 318 missing in the file: "
+        r"(image_cleaning\.[\w.]+, ){9}image_cleaning\.[\w.]+ and 308 more",
+    ),
+    "STVUN without EFST into STVUN": (
+        STVUN,
+        partial(STVUN, fusion="early"),
+        r"another variant .* 24 missing in the file: (fusion\.fusion\.[\w.]+, ){9}fusion\.fusion\.[\w.]+ and 14 more$",
+    ),
+    "LatentVSR of 10 layers into 16": (
+        LatentVSR,
+        partial(LatentVSR, layers=10),
+        r"file's number of blocks\).* 12 missing in the file: "
+        r"extractor\.10\.weight, (.*, ){8}extractor\.14\.bias and 2 more$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_weights_of_another_variant_are_told_by_their_first_differences(case: str) -> None:
+    asked, given, says = VARIANTS[case]
+    with torch.device("meta"):
+        network, weights = asked(), given().state_dict()
+    with pytest.raises(ValueError, match=says):
+        load_official(network, weights)
 
 
 @pytest.mark.parametrize("case", MISFITS)

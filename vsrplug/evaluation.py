@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from vsrplug.data.clip import Clip
 
 MaskSource = Callable[[Tensor], Tensor]  # lr (t, 3, h, w) -> (t, m, h, w)
+Around = Callable[[str, Tensor, Tensor, Callable[[], Tensor]], Tensor]  # name, lr, hr, call that makes sr -> sr
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def evaluate(
     masks: MaskSource | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    around: Around | None = None,
 ) -> Report:
     """Measure a model under a protocol. Frames are cut at the bottom and right to a multiple of the scale.
 
@@ -118,6 +121,9 @@ def evaluate(
         masks: makes object masks, lr (t, 3, h, w) -> (t, m, h, w). Where given, the model is called with a `Context`.
         device: where to run; the model is moved there. None: where its parameters are.
         progress: show a bar on stderr.
+        around: called in the place of every clip's restoration, to look at its frames or at what happens within: with
+            the clip's name, lr (t, 3, h, w), the frames hr (t, 3, H, W) that are measured, and a call that makes sr
+            (t, 3, H, W), which it returns.
 
     Returns:
         The figures of each clip and their means.
@@ -156,15 +162,10 @@ def evaluate(
             _check_length(clip, protocol)
             hr = _read(clip, protocol.degradation.scale)
             lr = protocol.degradation(hr)
-            sr = restore(
-                model,
-                lr,
-                None if masks is None else masks(lr),
-                mirror=protocol.mirror,
-                between=protocol.between,
-                device=device,
-            )
             hr = hr[: protocol.covered(len(hr))]
+            given = None if masks is None else masks(lr)
+            run = partial(restore, model, lr, given, mirror=protocol.mirror, between=protocol.between, device=device)
+            sr = run() if around is None else around(clip.name, lr, hr, run)
             _check_output(sr, hr, clip.name)
             sr, hr = to_uint8(sr), to_uint8(hr.to(device))
             clips[clip.name] = score(sr, hr, protocol)

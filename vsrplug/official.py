@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import re
 import warnings
@@ -93,7 +94,7 @@ def load_official(
         ignored.append(name)
     fitting = {name: value for name, value in renamed.items() if name in own and own[name].shape == value.shape}
     if strict or not fitting:
-        _compare(where, own, renamed)
+        _compare(network, where, own, renamed)
     network.load_state_dict(fitting, strict=strict)
     return LoadReport(
         loaded=list(fitting),
@@ -213,7 +214,7 @@ def _rename(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return renamed
 
 
-def _compare(where: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def _compare(network: nn.Module, where: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the two have the same names and shapes."""
     common = [name for name in own if name in given]
     missing = [name for name in own if name not in given]
@@ -226,12 +227,14 @@ def _compare(where: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor])
     if not (missing or unexpected or reshaped):
         return
     kinds = {_kind(name) for name in common}
+    arguments = ", ".join(inspect.signature(type(network)).parameters)
     if 2 * len(common) < min(len(own), len(given)) or not common:
         hint = "these are weights of another network"
     elif not (missing or unexpected):
-        hint = "the layers agree: make the network with the file's channels or scale"
+        hint = f"the layers agree, but not their sizes: make the network with the file's arguments, of {arguments}"
     elif all(_kind(name) in kinds for name in missing + unexpected):
-        hint = "the same kinds of layers, more or fewer: make the network with the file's number of blocks"
+        sizes = " and sizes" if reshaped else ""
+        hint = f"the same kinds of layers, more or fewer: make the network with the file's number of blocks{sizes}"
     else:
         hint = "part of it agrees: the file may hold another variant or scale of this network"
     groups = {"missing in the file": missing, "unexpected in the file": unexpected, "of another shape": reshaped}

@@ -13,6 +13,7 @@ from vsrplug.site import Kind, SiteSpec
 
 if TYPE_CHECKING:
     from vsrplug.context import Context
+    from vsrplug.maps import Maps
 
 
 class Plugin(nn.Module, ABC):
@@ -69,6 +70,32 @@ class Plugin(nn.Module, ABC):
     @abstractmethod
     def forward(self, feature: Tensor, context: Context, *, site: str, t: int | None = None, **given: Any) -> Tensor:
         """Refine a feature, (b, c, h, w) or (b, t, c, h, w) by the site's kind; same shape and dtype out."""
+
+    def maps(
+        self,
+        feature: Tensor,
+        context: Context,
+        *,
+        site: str,
+        at: tuple[int, int, int],
+        t: int | None = None,
+        **given: Any,
+    ) -> Maps:
+        """What it does at a site, as pictures; none unless a subclass has some.
+
+        `vsrplug.maps.recorded` calls it right after `forward`, with the same arguments; nobody else does.
+
+        Args:
+            feature, context, site, t, given: as in `forward`.
+            at: the frame to show, of the feature's clip or, at a frame site, of the window; and row and column in the
+                feature, of the pixel whose attention is shown.
+
+        Returns:
+            Picture -> title -> plane, of the first clip of the batch. Planes are values (h, w), floating; numbers of
+            things (h, w), int64; or masks over the frame (m, h, w), bool. They cover the whole feature, at any
+            resolution.
+        """
+        return {}
 
 
 def checked_sites(sites: Sequence[str]) -> tuple[str, ...]:

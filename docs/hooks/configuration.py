@@ -28,6 +28,7 @@ MEANING = {
     "degradation": "How low-resolution clips are made of them.",
     "experiment": "Differences from the defaults that belong together, such as a row of a paper's table.",
     "hydra": "Where runs are written. Chosen by the commands themselves.",
+    "hydra/launcher": "Where the jobs of a sweep run, besides Hydra's own `joblib`; see [sweeps](../guide/sweeps.md).",
     "logger": "Where losses and figures are logged.",
     "losses": "The pixel loss, and the weight of every loss by its name.",
     "masks": "Where the object masks come from that SEEM reads.",
@@ -35,6 +36,7 @@ MEANING = {
     "paths": "Where data, weights, masks and runs lie: each is an environment variable, too.",
     "plugins": "What is attached: one, several as `plugins=[seem,memory_bank]`, or `none`.",
     "protocol": "How a figure is measured; see [protocols](../protocols.md).",
+    "search": "What `vsrplug train -m` tries, and how it chooses; see [sweeps](../guide/sweeps.md).",
     "source": "What `vsrplug masks` makes masks with; see [masks](../masks.md).",
     "trainer": "Lightning's trainer: steps, devices, precision.",
     "tuning": "What learns, when, and at what rate; see [tuning](../tuning.md).",
@@ -59,10 +61,17 @@ def commands() -> dict[str, dict[str, Any]]:
     return found
 
 
+def folders() -> list[str]:
+    """The folders with yaml files; Hydra's own groups are folders in a folder."""
+    nested = [f"hydra/{folder.name}" for folder in (ROOT / "hydra").iterdir() if folder.is_dir()]
+    return sorted([f.name for f in ROOT.iterdir() if f.is_dir() and any(f.rglob("*.yaml"))] + nested)
+
+
 def options(group: str) -> dict[str, Path]:
-    """Option -> file, of one group and the folders in it."""
+    """Option -> file, of one group and the folders in it that are no groups of their own."""
     folder = ROOT / group
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.yaml"))}
+    files = folder.glob("*.yaml") if group == "hydra" else folder.rglob("*.yaml")
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(files)}
 
 
 def comment(text: str) -> str:
@@ -135,7 +144,7 @@ def reference() -> str:
         what = groups["_text"].removeprefix(f"vsrplug {command}: ")
         parts.append(f"\n### vsrplug {command}\n\n{what[:1].upper()}{what[1:]}\n\nDefaults: {', '.join(chosen)}\n")
         parts.append(_source(f"{command}.yaml", ROOT / f"{command}.yaml"))
-    for group in sorted(folder.name for folder in ROOT.iterdir() if folder.is_dir() and any(folder.rglob("*.yaml"))):
+    for group in folders():
         files = options(group)
         parts.append(f"\n## {group}\n\n{MEANING.get(group, '')}\n\n")
         parts.append("| option | makes | |\n|---|---|---|\n")

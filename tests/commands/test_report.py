@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +106,16 @@ def test_what_runs_leave_is_what_is_read(
     assert float(bank["psnr"]) == float(found["memory_bank", "-"]["psnr"]) == psnr
     assert float(bank["over_backbone"]) == pytest.approx(psnr - frozen, abs=1e-9)
     assert (found["none", "plugins_only"]["trainable"], int(bank["trainable"]) > 0) == ("0", True)
-    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 3  # comparison.png of each
+    page = (tmp_path / "report.html").read_text()
+    (crops,) = (json.loads(text) for text in re.findall(r'type="application/json"[^>]*>(.*?)</script>', page))
+    (names,) = crops.values()
+    # The two runs with the same file have the same result; the frozen one's is the others' backbone.
+    own = [name for name in names if name.startswith("#")]
+    assert [name for name in names if name not in own] == ["low resolution", "bicubic", "backbone", "ground truth"]
+    assert len(own) == 3
+    assert names[own[0]] == names["backbone"] != names[own[1]] == names[own[2]]
+    assert page.count("memory_bank, recall at ") == 2 * 3 * 2  # runs, sites, as caption and as alternative text
+    assert "Where the results differ most" not in page  # comparison.png is for runs without crops
 
 
 @pytest.mark.parametrize(

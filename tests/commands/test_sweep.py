@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import html
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +33,12 @@ def figures(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def table(folder: Path) -> list[dict[str, str]]:
+    """The report's."""
+    with (folder / "table.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VSRPLUG_RUNS", str(tmp_path))
@@ -38,7 +47,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_a_sweep_killed_twice_ends_with_the_figures_of_an_undisturbed_one(
-    tmp_path: Path, tiny: dict[str, list[str]]
+    vsrplug: Callable[..., None], tmp_path: Path, tiny: dict[str, list[str]]
 ) -> None:
     """Twelve jobs: two plug-ins and none, two ways of tuning, two seeds."""
     arguments = ["train", "-m", "plugins=none,memory_bank,efst", "tuning=plugins_only,full", "seed=0,1"]
@@ -70,6 +79,13 @@ def test_a_sweep_killed_twice_ends_with_the_figures_of_an_undisturbed_one(
     assert errors.count("Done before: ") >= len(before)
     assert figures(tmp_path / "killed") == whole
     assert "Done before" in run("killed")
+    tables = {}
+    for folder in ("whole", "killed"):
+        (sweep_folder,) = tmp_path.glob(f"{folder}/sweeps/*")
+        vsrplug("report", str(sweep_folder))
+        tables[folder] = [row | {"training_seconds": ""} for row in table(sweep_folder)]  # of a part where killed
+    assert tables["killed"] == tables["whole"]
+    assert [(row["seeds_done"], row["missing"]) for row in tables["whole"]] == [("2", "")] * 6
 
 
 def test_folders_of_a_sweep_are_named_after_its_command_and_of_a_job_after_what_is_swept() -> None:
@@ -107,6 +123,30 @@ def test_failed_jobs_are_marked_and_the_others_finish(
     assert f"vsrplug train: no such thing; try another\nThe sweep goes on without {folder}/seed=1" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.slow
+def test_a_job_that_raises_and_one_with_nan_are_in_the_report_with_their_errors(
+    vsrplug: Callable[..., None], runs: Path, tiny: dict[str, list[str]]
+) -> None:
+    """A negative rate is refused by the optimizer; an absurd one makes the loss NaN or infinite."""
+    rates = ["0.001", "-1", "1e30", "0.002"]
+    vsrplug("train", "-m", "plugins=memory_bank", f"optim.optimizer.lr={','.join(rates)}", *tiny["train"],
+            "trainer.max_steps=4")  # fmt: skip
+    (folder,) = runs.glob("sweeps/*")
+    vsrplug("report", str(folder))
+    rows = {float(row["setting optim.optimizer.lr"]): row for row in table(folder)}
+    assert {rate for rate, row in rows.items() if row["psnr"] and not row["missing"]} == {0.001, 0.002}
+    assert rows[-1]["missing"].startswith("seed 0 failed (Invalid learning rate: -1")
+    assert re.match(r"seed 0 failed \(.*step \d+.*(NaN|Inf|infinite)", rows[1e30]["missing"])
+    page = html.unescape((folder / "report.html").read_text())
+    assert "2 of 4 jobs are done, 2 failed." in page
+    for rate in (-1.0, 1e30):
+        (failed,) = [f for f in folder.glob("*/failed.json") if float(f.parent.name.rpartition("=")[2]) == rate]
+        error = json.loads(failed.read_text())
+        assert error["error"] in page
+        assert error["traceback"] in page
+        assert " ".join(error["error"].split()) in rows[rate]["missing"]
 
 
 def test_ctrl_c_stops_the_whole_sweep(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vsrplug import Context, ForeignSite, PluggedModel, attach, load_plugins, save_plugins
 from vsrplug.backbones import EDVR, BasicVSR, SlidingWindow, SPyNet
+from vsrplug.maps import recorded
 from vsrplug.official import load_official
 from vsrplug.plugins import EFST, EFSTPlugin, SpatioTemporalFusion
 
@@ -373,3 +374,35 @@ def test_a_foreign_frame_site_gives_no_neighbours() -> None:
     model = attach(Recurrent(), sites=FOREIGN, it=EFSTPlugin(8, sites=("step",)))
     with pytest.raises(ValueError, match="site 'step' gives no neighbours"):
         model(torch.rand(1, 3, 3, 6, 6))
+
+
+@pytest.mark.parametrize("neighbours", [None, "aligned"])
+def test_maps_are_the_confidence_of_the_frame(neighbours: str | None) -> None:
+    """Eq. 1 by loops, of what the pass gave to the module."""
+    plugin = EFSTPlugin(8, frames=3, neighbours=neighbours)
+    model = awake(attach(edvr(), it=plugin))
+    given: list[tuple[Tensor, Tensor]] = []
+    refine = plugin.at["fused"].refine
+    plugin.at["fused"].refine = lambda fused, around: given.append((fused, around)) or refine(fused, around)
+    whole = SlidingWindow(model, "replicate")
+    with torch.no_grad(), recorded(whole, 2, (0, 0)) as maps:
+        whole(torch.rand(1, 4, 3, 8, 12))
+    ((picture, planes),) = maps.items()
+    assert picture == "it, confidence at fused"
+    assert list(planes) == ["frame -1", "this frame", "frame +1"]
+    _, expected = by_loops(plugin.at["fused"], *(x[0].double().numpy() for x in given[2]))
+    found = torch.stack([*planes.values()])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert 0 < found.min() < found.max() < 1
+
+
+def test_maps_of_a_clip_are_those_of_the_window_around_the_frame() -> None:
+    plugin = EFSTPlugin(8, frames=5)
+    model = awake(attach(basicvsr(), it=plugin))
+    frames = torch.rand(2, 4, 3, 6, 7)
+    _, context = passed(model, frames)
+    with torch.no_grad(), recorded(model, 3, (0, 0)) as maps:
+        model(frames)
+    planes = maps["it, confidence at fused"]
+    assert list(planes) == ["frame -2", "frame -1", "this frame", "frame +1", "frame +2"]
+    torch.testing.assert_close(torch.stack([*planes.values()]), context.memo[plugin, "fused", None][0, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vsrplug import Context, attach, load_official
 from vsrplug.backbones import EDVR, BasicVSR, SPyNet
+from vsrplug.maps import recorded
 from vsrplug.plugins import (
     GaussianCrossFrameAttention,
     GaussianCrossFrameAttentionPlugin,
@@ -376,3 +378,42 @@ def test_the_context_is_left_alone() -> None:
     model(context.frames, context)
     assert not context.losses
     assert not context.memo
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_maps_are_the_weights_of_a_pixel(weighting: str) -> None:
+    """Summed with the values they give what the module adds there, and each is the weight of eq. 1 in float64."""
+    module = noisy(GaussianCrossFrameAttention(8, 3, groups=4, sigma=1.5, weighting=weighting, eps=0.0)).double()
+    clip, (row, column) = torch.randn(2, 3, 8, 5, 6).double(), (3, 1)
+    with torch.no_grad():
+        planes = module.maps(clip[:, 1], clip, at=(1, row, column))["attention"]
+        assert list(planes) == ["frame -1", "this frame", "frame +1"]
+        weights = torch.stack([*planes.values()])
+        keys, values = module._embed(module._normalise(clip))
+        attended = torch.einsum("thw,tchw->tc", weights, values[0]).flatten()
+        added = module.output(attended[None, :, None, None])[0, :, 0, 0]
+        torch.testing.assert_close(added, (module(clip[:, 1], clip) - clip[:, 1])[0, :, row, column])
+        query = module.query(module.norm(clip[:1, 1]))[0, :, row, column]
+    for t in range(3):
+        scores = [[(query @ keys[0, t, :, y, x]).item() for x in range(6)] for y in range(5)]
+        gaussian = [[math.exp(-((y - row) ** 2 + (x - column) ** 2) / 4.5) for x in range(6)] for y in range(5)]
+        s, g = torch.tensor(scores).double(), torch.tensor(gaussian).double()
+        expected = s * g if weighting == "product" else s.exp() * g
+        total = {"product": 1.0, "gaussian_of_softmax": s.exp().sum(), "softmax_of_gaussian": expected.sum()}[weighting]
+        torch.testing.assert_close(weights[t], expected / total)
+        if weighting == "softmax_of_gaussian":
+            assert weights[t].sum().item() == pytest.approx(1)
+
+
+def test_maps_of_a_clip_are_those_of_the_frames_around_the_frame() -> None:
+    network = BasicVSR(8, 1, flow=SPyNet(levels=2, widths=(4, 4)), reconstruction_channels=8)
+    plugin = noisy(GaussianCrossFrameAttentionPlugin(8, groups=4, frames=3))
+    seen: list[Tensor] = []
+    plugin.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    model = attach(network, it=plugin)
+    with torch.no_grad(), recorded(model, 3, (2, 5)) as maps:
+        model(torch.rand(1, 4, 3, 6, 7))
+        clip = seen[0]
+        expected = plugin.at["fused"].maps(clip[:, 3], clip[:, [2, 3, 3]], at=(0, 2, 5))["attention"]
+    assert maps.keys() == {"it, attention at fused"}
+    torch.testing.assert_close(maps["it, attention at fused"], expected)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vsrplug import Context, attach, conf
 from vsrplug.backbones import EDVR, BasicVSR, SPyNet
+from vsrplug.maps import recorded
 from vsrplug.plugins import LatentAttention, LatentAttentionPlugin, LongRangeAttention, ShortRangeAttention
 
 State = dict[str, Tensor]
@@ -431,3 +432,42 @@ def test_key_frames_that_do_not_fit() -> None:
         given = ", ".join(map(str, shape))
         with pytest.raises(ValueError, match=rf"key frames must be \(2, n, 3, h, w\), got \({given}"):
             model(frames, Context(frames, keys=torch.rand(shape)))
+
+
+def test_maps_are_the_weights_of_a_pixel_and_the_mask() -> None:
+    """Of the first block of each kind, with the clip that reaches it; by the equations in float64."""
+    module = noisy(LatentAttention(4, embedding=3)).eval()
+    clip, key, at = torch.randn(2, 3, 4, 7, 6), torch.randn(2, 2, 4, 9, 5), (2, 6, 5)
+    with torch.no_grad():
+        maps = module.maps(clip, key, at=at)
+        reached = module.blocks[0](clip)
+    assert list(maps) == ["short-range mask", "long-range attention"]
+    mask = by_equations(module.blocks[0], clip)[2].transpose(1, 2)
+    planes = maps["short-range mask"]
+    assert list(planes) == ["frame -2", "frame -1", "this frame"]
+    torch.testing.assert_close(torch.stack([*planes.values()]).double(), mask[0].mean(1), atol=1e-6, rtol=0)
+    planes = maps["long-range attention"]
+    assert list(planes) == ["frame -2", "frame -1", "this frame", "key 0", "key 1"]
+    own, other = (weights[0, 2, 3, 2] for weights in by_equations(module.blocks[1], reached, reached, key)[2])
+    for found, expected in zip(planes.values(), [*own, *other], strict=True):
+        torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+    assert sum(plane.sum().item() for plane in planes.values()) == pytest.approx(1)
+
+
+def test_maps_of_a_plugin_are_of_the_sequence_that_the_frame_is_in() -> None:
+    plugin = noisy(LatentAttentionPlugin(8, order=("long",), length=3, external_keys=True))
+    seen: list[Tensor] = []
+    plugin.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    model = attach(network(), it=plugin).eval()
+    frames, keys = torch.rand(1, 5, 3, 8, 12), torch.rand(1, 2, 3, 9, 10)
+    context = Context(frames, keys=keys)
+    with torch.no_grad(), recorded(model, 4, (7, 3)) as maps:
+        model(frames, context)
+    ((picture, planes),) = maps.items()
+    assert picture == "it, long-range attention at fused"
+    assert list(planes) == ["frame -1", "this frame", "key 0", "key 1"]
+    with torch.no_grad():
+        sequence = seen[0][:, 3:]
+        expected = plugin.at["fused"].blocks[0].attend(sequence, sequence, context.memo[plugin], at=[(1, 7, 3)])
+    for found, wanted in zip(planes.values(), [*expected[0][0, 0], *expected[1][0, 0]], strict=True):
+        torch.testing.assert_close(found, wanted)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vsrplug import Context, attach, load_official
 from vsrplug.backbones import BasicVSR, SPyNet
+from vsrplug.maps import recorded
 from vsrplug.plugins import MemoryBank, MemoryBankPlugin
 
 
@@ -199,3 +200,27 @@ def test_the_loss_is_the_mean_over_sites_and_steps() -> None:
     attach(network, bank=plugin)(context.frames, context)
     assert len(losses) == 3 + 3 + 1
     torch.testing.assert_close(context.losses["bank/quantisation"], torch.stack(losses).mean())
+
+
+def test_maps_of_the_recall_by_loops() -> None:
+    plugin = noisy(MemoryBankPlugin(8, sites=("fused",), groups=4, entries=5))
+    network = BasicVSR(8, 1, flow=SPyNet(levels=2, widths=(4, 4)), reconstruction_channels=8)
+    seen: list[Tensor] = []
+    plugin.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    model = attach(network, bank=plugin)
+    with torch.no_grad(), recorded(model, 1, (0, 0)) as maps:
+        model(torch.rand(2, 3, 3, 6, 7))
+    bank: Any = plugin.at["fused"]
+    query = bank.query(bank.norm(seen[0][:, 1]))[0].double().detach()
+    planes = maps["bank, recall at fused"]
+    for y in range(6):
+        for x in range(7):
+            scores = [
+                sum(q * m for q, m in zip(query[:, y, x].tolist(), e, strict=True)) for e in bank.memory.T.tolist()
+            ]
+            exponents = [math.exp(score / len(query) ** 0.5) for score in scores]
+            weights = [value / sum(exponents) for value in exponents]
+            entropy = -sum(weight * math.log2(weight) for weight in weights)
+            assert abs(planes["entropy, bits"][y, x].item() - entropy) < 1e-5
+            assert planes["strongest entry"][y, x] == weights.index(max(weights))
+    assert 0 < planes["entropy, bits"].min() < planes["entropy, bits"].max() < math.log2(5)

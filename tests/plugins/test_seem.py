@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from vsrplug import Context, attach
 from vsrplug.backbones import EDVR, BasicVSR, SPyNet
+from vsrplug.maps import recorded
+from vsrplug.masks import Superpixels
 from vsrplug.plugins import SEEM, SEEMPlugin, SemanticRepresentation
 
 
@@ -152,3 +154,19 @@ def test_sites_with_a_stride() -> None:
     blocks = whole.unflatten(3, (8, 4)).unflatten(2, (4, 4)).mean((3, 5))
     torch.testing.assert_close(used[0], blocks)
     torch.testing.assert_close(used[1], blocks[1:2])
+
+
+def test_maps_are_the_masks_that_were_read_once() -> None:
+    source = Superpixels(count=5)
+    frames = torch.rand(1, 4, 3, 12, 10)
+    model = attach(
+        BasicVSR(8, 1, flow=SPyNet(levels=2, widths=(4, 4)), reconstruction_channels=8), it=SEEMPlugin(8, masks=5)
+    )
+    with torch.no_grad(), recorded(model, 2, (0, 0)) as maps:
+        model(frames, Context(frames, masks=source(frames[0])[None]))
+    ((picture, planes),) = maps.items()  # of four sites
+    assert picture == "it, masks"
+    ((title, plane),) = planes.items()
+    assert title == "the frame's masks"
+    assert plane.dtype == torch.bool
+    assert torch.equal(plane.float(), source(frames[0, 2:3])[0])

@@ -40,6 +40,15 @@ def test_jobs_that_failed_or_were_killed(leave: Leave, tmp_path: Path) -> None:
     assert jobs["raised"].label == jobs["killed"].label
 
 
+def test_a_job_that_a_search_stopped(leave: Leave, tmp_path: Path) -> None:
+    """It has a figure, of too few steps to count."""
+    leave({"a": 20.0, "b": 21.0}, plugins="seem", seed=2, more={"pruned": 40})
+    (job,) = read_jobs(tmp_path)
+    assert (job.state, job.seed, job.figures) == ("pruned", 2, None)
+    assert job.error == "at step 40, with 20.500 dB"
+    assert job.label == ("vid4_bi_y", "edvr", "seem", "full")
+
+
 def test_figures_without_a_configuration_are_read_all_the_same(leave: Leave, tmp_path: Path) -> None:
     folder = leave({"a": 20.0}, plugins="seem", seed=1, more={"seed": 1})
     for file in (folder / ".hydra").iterdir():

@@ -24,7 +24,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 from vsrplug import conf
 from vsrplug.masks.errors import MasksError
 from vsrplug.plugged import PluggedModel, attach
-from vsrplug.plugin_files import load_plugins
+from vsrplug.plugin_files import load_plugins, whole_file
 from vsrplug.site import unknown_name
 
 KnownError = (
@@ -44,7 +44,7 @@ READ_BY_NAME = ("losses", "optim", "paths")  # groups that are no constructor ca
 def command(config: str, run: Callable[[DictConfig], Any]) -> None:
     """Run a command under Hydra; an expected error ends as one line instead of a traceback.
 
-    `HYDRA_FULL_ERROR=1` shows the traceback.
+    `HYDRA_FULL_ERROR=1` shows the traceback. In a sweep any error is marked in the job's folder, and the others go on.
     """
 
     from vsrplug.commands import sweep  # which stands on this file
@@ -55,19 +55,24 @@ def command(config: str, run: Callable[[DictConfig], Any]) -> None:
         sys.argv.insert(1, config)  # Lightning starts the other processes of several devices with this command line
         try:
             check_keys(cfg, config)
-            return run(cfg)
-        except KnownError as error:
+            with sweep.place():
+                return run(cfg)
+        except Exception as error:
             message = f"{describe_error(error)}{_remedy(cfg, error)}"
             if sweep.in_sweep() and not isinstance(error, InterruptedError):
                 sweep.mark_failed(output_dir(), error, message)
                 print(f"vsrplug {config}: {message}\nThe sweep goes on without {output_dir()}", file=sys.stderr)
-                return float("nan")
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                return None  # of a search: a failed trial, which is told apart from a bad one
+            if not isinstance(error, KnownError) or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             raise SystemExit(f"vsrplug {config}: {message}") from None
         finally:
             del sys.argv[1]
 
+    try:
+        sweep.check_installed(sys.argv[1:])
+    except ImportError as error:
+        raise SystemExit(f"vsrplug {config}: {error}") from None
     sys.argv[1:] = sweep.name_folders(sys.argv[1:])
     application()
 
@@ -174,10 +179,10 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:
-    """Write under a temporary name and rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    """Write under a temporary name, which no other process has, and rename."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    with whole_file(path) as temporary:
+        Path(temporary).write_text(text + "\n", encoding="utf-8")
 
 
 def choices() -> dict[str, str]:

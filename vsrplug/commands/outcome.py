@@ -1,4 +1,5 @@
-"""What a run leaves behind: one table, `metrics.json`, and a picture of the crops where results differ most."""
+"""What a run leaves behind: one table, `metrics.json`, a picture of the crops where results differ most, and crops and
+maps for the report."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from vsrplug.commands import build, sweep
+from vsrplug.commands import build, crops, sweep
 from vsrplug.degradations import crop_to_multiple
 from vsrplug.evaluation import Report, eval_mode, evaluate, restore
 from vsrplug.metrics import psnr
@@ -33,7 +34,8 @@ def report(
     console: Console,
     **more: Any,
 ) -> float:
-    """Measure bicubic, the backbone before and the model; write `metrics.json` and `comparison.png`; print a table.
+    """Measure bicubic, the backbone before and the model; write `metrics.json`, `comparison.png` and `pictures/`; print
+    a table.
 
     Args:
         cfg: the job's configuration; `masks` is used.
@@ -56,16 +58,19 @@ def report(
         networks["with plug-ins" if model.plugins else "tuned"] = (model, masks)
     elif model.plugins or not isinstance(model.backbone, Bicubic):
         networks["with plug-ins" if model.plugins else "backbone"] = (model, masks)
-    reports = {}
+    reports: dict[str, Report] = {}
+    pictures: dict[str, dict[str, Tensor]] = {}
     for name, (network, source) in networks.items():
 
-        def measure(network: nn.Module = network, source: Any = source) -> Report:
-            bar, device = console.is_terminal, build.device()
-            return evaluate(clip_network(network), protocol, masks=source, device=device, progress=bar)
+        def measure(network: nn.Module = network, source: Any = source) -> tuple[Report, dict[str, Tensor]]:
+            whole, bar = clip_network(network), console.is_terminal
+            look = crops.Onlooker(whole, protocol)
+            one = evaluate(whole, protocol, masks=source, device=build.device(), progress=bar, around=look)
+            return one, look.pictures
 
         trained = network is model and any(p.requires_grad for p in model.parameters())
         key = sweep.key_of(cfg, masks=source is not None)
-        reports[name] = measure() if trained else sweep.measured_once(key, network, measure)
+        reports[name], pictures[name] = measure() if trained else sweep.measured_once(key, network, measure)
     final = list(reports.values())[-1]
     figures = final.to_dict() | {
         "seed": cfg.seed,
@@ -78,6 +83,7 @@ def report(
             for name, one in list(reports.items())[:-1]
         },
     }
+    crops.write(pictures, folder)
     build.write_json(figures | more, folder / "metrics.json")
     picture(networks, reports, protocol, folder / "comparison.png")
     console.print(table(reports))
@@ -112,8 +118,7 @@ def picture(
     scale = protocol.degradation.scale
     hr = torch.stack([crop_to_multiple(f, scale) for f in chosen.frames(start, start + span)])
     lr = protocol.degradation(hr)
-    covered = protocol.covered(len(hr))
-    middle = next(i for i in range(covered // 2, covered) if i % (protocol.between + 1) or not protocol.between)
+    middle = crops.middle_frame(protocol, protocol.covered(len(hr)))
     frames = {"low resolution": nn.functional.interpolate(lr, scale_factor=scale, mode="nearest")[middle]}
     with torch.inference_mode():
         for name, (network, masks) in networks.items():

@@ -6,22 +6,52 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from vsrplug.commands import build
 from vsrplug.evaluation import Report
 from vsrplug.plugged import digests
+from vsrplug.plugin_files import write_safetensors
 
 FAILED = "failed.json"
+_PLACE: list[FileLock] = []  # among the processes that run jobs side by side; kept for as long as this one lives
+_NEEDED = {  # beginnings of arguments -> what they need
+    "hydra/launcher=joblib": "hydra-joblib-launcher",
+    "hydra/launcher=s": "hydra-submitit-launcher",
+    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
+    "search=": "hydra-optuna-sweeper",
+}
+
+
+def check_installed(arguments: Sequence[str]) -> None:
+    """Check that what a command line asks for is there, since Hydra's own error does not say where to get it.
+
+    Raises:
+        ImportError: a launcher or a sweeper that is not installed.
+    """
+    for argument in arguments:
+        for beginning, name in _NEEDED.items():
+            if argument.startswith(beginning) and argument != "search=null":
+                try:
+                    distribution(name)
+                except PackageNotFoundError:
+                    raise ImportError(f"{argument} needs {name}; install it: pip install 'vsrplug[sweeps]'") from None
 
 
 def name_folders(arguments: list[str]) -> list[str]:
@@ -50,18 +80,67 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def share_machine() -> None:
-    """Where several jobs run at once, give each its share of the threads, and a GPU of its own."""
+@contextmanager
+def place() -> Iterator[None]:
+    """Of a sweep, a job's folder to itself and, where several jobs run at once, a GPU to itself.
+
+    joblib's processes outlive a sweep that is killed: they finish the jobs they were at. The same sweep, started
+    again, waits for them instead of writing into the same folders.
+    """
+    if not in_sweep():
+        yield
+        return
+    take_gpu()
+    folder = build.output_dir()
+    lock = _lock(folder)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"Another process works in {folder}; waiting for it to end", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def take_gpu() -> None:
+    """Where processes run jobs side by side (joblib), show this one a single GPU, until it ends.
+
+    By processes and not by the number of the job: jobs differ in length. The others get other GPUs; where there are
+    more processes than GPUs, they are spread evenly. CPU threads are shared out by joblib itself.
+    """
     from hydra.core.hydra_config import HydraConfig
 
-    launcher, jobs = HydraConfig.get().launcher, 1
-    if "n_jobs" in launcher:
-        count = os.cpu_count() or 1
-        jobs = count if launcher.n_jobs < 0 else min(launcher.n_jobs, count)
-    if jobs > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(HydraConfig.get().job.num % torch.cuda.device_count())
+    launcher = HydraConfig.get().launcher
+    if "n_jobs" not in launcher or _PLACE:
+        return
+    import joblib
+
+    processes = launcher.n_jobs if launcher.n_jobs > 0 else joblib.cpu_count() + 1 + launcher.n_jobs
+    count = torch.cuda.device_count()
+    if processes < 2 or count < 2:
+        return
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = names[:count] if len(names) >= count else [str(i) for i in range(count)]
+    while not _PLACE:
+        for number in range(processes):
+            lock = _lock(Path(HydraConfig.get().sweep.dir, f"process {number}"))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                continue
+            _PLACE.append(lock)
+            # Before the first use of a GPU: of what PyTorch sees, Lightning and all others take the first.
+            os.environ["CUDA_VISIBLE_DEVICES"] = names[number % count]
+            return
+        time.sleep(1)  # for processes of the same sweep, killed before, to end
+
+
+def _lock(path: Path) -> FileLock:
+    """Of this machine, and gone with the process that holds it; shared file systems do not all have locks."""
+    name = hashlib.blake2b(str(path.absolute()).encode(), digest_size=12).hexdigest()
+    return FileLock(Path(tempfile.gettempdir(), f"vsrplug-{name}.lock"))
 
 
 def digest(cfg: DictConfig) -> str:
@@ -86,8 +165,29 @@ def mark_failed(folder: Path, error: BaseException, message: str) -> None:
     build.write_json({"error": message, "traceback": text, "choices": build.choices()}, folder / FAILED)
 
 
-def measured_once(key: dict[str, Any], network: nn.Module, measure: Callable[[], Report]) -> Report:
-    """What `measure` gives, or, in a sweep, what it gave to a job before for the same network and the same key.
+def mark_pruned(cfg: DictConfig, folder: Path, curve: Mapping[int, float], **more: Any) -> float:
+    """Leave a `metrics.json` that says `pruned`: the PSNR at the step at which a search stopped the job, and no more.
+
+    Args:
+        cfg: the job's configuration.
+        folder: where the file goes.
+        curve: step -> PSNR at the validations.
+        more: for `metrics.json`, as it is.
+
+    Returns:
+        The last PSNR of the curve.
+    """
+    step = max(curve)
+    figures = {"psnr": curve[step], "pruned": step, "protocol": cfg.protocol.name, "seed": cfg.seed, "job": digest(cfg)}
+    build.write_json(figures | {"choices": build.choices()} | more, folder / "metrics.json")
+    return curve[step]
+
+
+def measured_once(
+    key: dict[str, Any], network: nn.Module, measure: Callable[[], tuple[Report, dict[str, Tensor]]]
+) -> tuple[Report, dict[str, Tensor]]:
+    """What `measure` gives, figures and pictures, or, in a sweep, what it gave to a job before for the same network and
+    the same key.
 
     The frozen backbone and bicubic up-sampling are the same for every seed and every plug-in.
     """
@@ -99,15 +199,17 @@ def measured_once(key: dict[str, Any], network: nn.Module, measure: Callable[[],
     text = json.dumps([type(network).__name__, state, key], sort_keys=True, default=str)
     name = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     file = Path(HydraConfig.get().sweep.dir) / ".measured" / f"{name}.json"
-    try:
-        saved = json.loads(file.read_text())
-        clips = {clip: {k: float(v) for k, v in figures.items()} for clip, figures in saved["clips"].items()}
-        return Report(saved["protocol"], clips, saved["lpips_reason"], saved["seconds"])
-    except (OSError, ValueError, KeyError):
-        report = measure()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    build.write_json(report.to_dict(), file)
-    return report
+    with _lock(file):  # of jobs side by side, one measures and the others wait for it
+        try:
+            saved = json.loads(file.read_text())
+            clips = {clip: {k: float(v) for k, v in figures.items()} for clip, figures in saved["clips"].items()}
+            report = Report(saved["protocol"], clips, saved["lpips_reason"], saved["seconds"])
+            return report, load_file(file.with_suffix(".safetensors"))
+        except (OSError, ValueError, KeyError, SafetensorError):
+            report, pictures = measure()
+        write_safetensors(pictures, file.with_suffix(".safetensors"))
+        build.write_json(report.to_dict(), file)
+    return report, pictures
 
 
 def key_of(cfg: DictConfig, masks: bool) -> dict[str, Any]:

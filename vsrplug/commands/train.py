@@ -23,6 +23,7 @@ from vsrplug.module import VSRModule
 from vsrplug.plugged import PluggedModel, fingerprint
 from vsrplug.plugin_files import save_plugins, write_safetensors
 from vsrplug.protocols import Protocol
+from vsrplug.pruning import Pruning
 
 CHECKPOINT = "checkpoints/last.ckpt"
 
@@ -37,7 +38,8 @@ def run(cfg: DictConfig) -> float:
 
     A run that was killed goes on from its last checkpoint when the same folder is given again
     (`hydra.run.dir=...`), with the weights, samples and noise it would have had. A sweep's folder is named after its
-    choices: the same command again skips the jobs that were finished, and goes on with the others.
+    choices: the same command again skips the jobs that were finished, and goes on with the others. A run that a
+    search stopped leaves the PSNR of its last validation, marked `pruned`.
     """
     console = Console(stderr=True, quiet=rank_zero_only.rank > 0)
     folder = build.output_dir()
@@ -47,7 +49,6 @@ def run(cfg: DictConfig) -> float:
             console.print(f"Done before: {folder}", soft_wrap=True)
             return done
         (folder / sweep.FAILED).unlink(missing_ok=True)
-        sweep.share_machine()
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.make_model(cfg)
     first = deepcopy(model.backbone)
@@ -61,10 +62,13 @@ def run(cfg: DictConfig) -> float:
         more |= {"gflop": operations and operations / 1e9}
     if module.trainable:
         start, resumed = time.perf_counter(), (folder / CHECKPOINT).exists()
-        fit(cfg, module, folder, console)
+        pruning = fit(cfg, module, folder, console)
         more["training_seconds"] = None if resumed else time.perf_counter() - start
         if rank_zero_only.rank > 0:  # one process saves and measures
             return float("nan")
+        if pruning:
+            console.print(f"Stopped at step {max(pruning.curve)}: behind the runs of this search that are done")
+            return sweep.mark_pruned(cfg, folder, pruning.curve, **more)
         save(model, folder)
     else:
         console.print("Nothing to train: the model is measured as it is.")
@@ -93,8 +97,11 @@ def make_module(cfg: DictConfig, model: PluggedModel, protocol: Protocol) -> VSR
     )
 
 
-def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> None:
+def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> Pruning | None:
     """Run the trainer, from the last checkpoint where this folder has one.
+
+    Returns:
+        What stopped the run before its last step, where something did.
 
     Raises:
         InterruptedError: interrupted from the keyboard.
@@ -118,6 +125,7 @@ def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> N
         ) from error
     except SystemExit:  # Lightning's answer to Ctrl-C
         raise InterruptedError(f"interrupted; go on with the same command and hydra.run.dir={folder}") from None
+    return next((one for one in callbacks if isinstance(one, Pruning) and one.stopped), None)
 
 
 def save(model: PluggedModel, folder: Path) -> None:

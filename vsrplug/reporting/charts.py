@@ -10,7 +10,7 @@ from .rows import Row, Section
 
 Element = ElementTree.Element
 WIDTH, HEIGHT = 720, 400
-LEFT, RIGHT, TOP, BOTTOM = 64, 40, 20, 48
+LEFT, RIGHT, TOP, BOTTOM = 64, 40, 32, 48
 COLOURS = 8  # classes c0 ... c7 of the style
 SHAPES = (
     "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",

@@ -1,4 +1,4 @@
-"""The jobs of a folder: those done, failed, not finished, and, of a sweep, those never started."""
+"""The jobs of a folder: those done, pruned, failed, not finished, and, of a sweep, those never started."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import yaml
 from .figures import Figures, read_figures
 from .plan import planned
 
-State = Literal["done", "failed", "not finished", "not started"]
-STATES: tuple[State, ...] = ("done", "failed", "not finished", "not started")
+State = Literal["done", "pruned", "failed", "not finished", "not started"]
+STATES: tuple[State, ...] = ("done", "pruned", "failed", "not finished", "not started")
 COLUMNS = ("backbone", "plugins", "tuning", "protocol")  # groups with a column of their own
 ELSEWHERE = ("seed", "paths", "logger", "hydra")  # keys that make no other combination of a job
 
@@ -26,7 +26,7 @@ class Job:
 
     Args:
         name: its folder, seen from the folder that was read; its overrides where it has none yet.
-        state: done, failed, not finished (killed, or running), not started.
+        state: done, pruned (stopped by a search), failed, not finished (killed, or running), not started.
         backbone, plugins, tuning, protocol: the words they were chosen with; a protocol's own name.
         seed: None where it is not known.
         overrides: what it was given on the command line, as `key=value`.
@@ -36,7 +36,7 @@ class Job:
         known: whether `settings` are whole. They are not for a job that was never started.
         folder: None for a job that was never started.
         figures: of a job that is done.
-        error, traceback: of a job that failed.
+        error, traceback: of a job that failed; `error` also says where a pruned one was stopped.
         when: when it came to its end, seconds since the epoch.
     """
 
@@ -96,12 +96,16 @@ def _read_job(folder: Path, top: Path) -> Job:
     figures, error, traceback, end = None, "", "", folder
     if (folder / "metrics.json").exists():
         end = folder / "metrics.json"
-        choices = choices or _json(end).get("choices", {})
-        try:
-            figures = read_figures(end)
-            state = "done"
-        except ValueError as reason:
-            state, error = "failed", str(reason)
+        written = _json(end)
+        choices = choices or written.get("choices", {})
+        if "pruned" in written:
+            state, error = "pruned", f"at step {written['pruned']}, with {written['psnr']:.3f} dB"
+        else:
+            try:
+                figures = read_figures(end)
+                state = "done"
+            except ValueError as reason:
+                state, error = "failed", str(reason)
     elif (folder / "failed.json").exists():
         end, state = folder / "failed.json", "failed"
         failure = _json(end)
@@ -109,6 +113,7 @@ def _read_job(folder: Path, top: Path) -> Job:
         error, traceback = str(failure.get("error", "failed.json cannot be read")), str(failure.get("traceback", ""))
     chosen = {group: str(option) for group, option in choices.items()}
     words = chosen | _assigned(overrides)
+    grouped = [group for group in chosen if group.isidentifier() and group not in (*COLUMNS, *ELSEWHERE)]
     attached = (figures and figures.plugins) or ",".join(config.get("plugins") or ())
     settings = dict(_flat(config)) or {group: word for group, word in words.items() if group.isidentifier()}
     seed = config.get("seed", words.get("seed", _json(end).get("seed") if figures else None))
@@ -121,7 +126,7 @@ def _read_job(folder: Path, top: Path) -> Job:
         protocol=figures.protocol if figures else settings.get("protocol.name", words.get("protocol", "-")),
         seed=None if seed is None else int(seed),
         overrides=overrides,
-        words={group: words[group] for group in chosen if group.isidentifier() and group not in (*COLUMNS, *ELSEWHERE)},
+        words={group: words[group] for group in grouped if words[group] not in ("None", "null")},
         settings=_kept(settings),
         folder=folder,
         figures=figures,
