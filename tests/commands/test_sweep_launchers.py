@@ -148,6 +148,7 @@ def test_processes_side_by_side_keep_a_gpu_each(
     job: Job,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     job("train", tmp_path, "hydra/launcher=joblib", f"hydra.launcher.n_jobs={n_jobs}", f"hydra.sweep.dir={tmp_path}")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4 if visible is None else len(visible.split(",")))
@@ -171,6 +172,7 @@ def test_processes_side_by_side_keep_a_gpu_each(
     if expected[0] is not None:  # of a process that dies, the next one has the place
         late, _ = fork(work)
         assert not late.poll(0.3)
+        assert "All GPUs are taken by processes that a sweep left behind; waiting" in capfd.readouterr().err
         started[-1][1].kill()
         assert late.recv() == has[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -123,7 +124,7 @@ def take_gpu() -> None:
         return
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     names = names[:count] if len(names) >= count else [str(i) for i in range(count)]
-    while not _PLACE:
+    for attempt in itertools.count():
         for number in range(processes):
             lock = _lock(Path(HydraConfig.get().sweep.dir, f"process {number}"))
             try:
@@ -134,7 +135,11 @@ def take_gpu() -> None:
             # Before the first use of a GPU: of what PyTorch sees, Lightning and all others take the first.
             os.environ["CUDA_VISIBLE_DEVICES"] = names[number % count]
             return
-        time.sleep(1)  # for processes of the same sweep, killed before, to end
+        if not attempt:
+            print(
+                "All GPUs are taken by processes that a sweep before has left; waiting for one to end", file=sys.stderr
+            )
+        time.sleep(1)
 
 
 def _lock(path: Path) -> FileLock:
