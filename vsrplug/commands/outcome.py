@@ -116,8 +116,9 @@ def picture(
     span = (PICTURE_FRAMES - 1) * (protocol.between + 1) + 1
     start = max(0, (len(chosen) - span) // 2)
     scale = protocol.degradation.scale
-    hr = torch.stack([crop_to_multiple(f, scale) for f in chosen.frames(start, start + span)])
-    lr = protocol.degradation(hr)
+    hr = torch.stack([crop_to_multiple(f, scale) for f in chosen.frames()])
+    lr = protocol.degradation(hr)[start : start + span]  # of the whole clip: a video codec looks at all of it
+    hr = hr[start : start + span]
     middle = crops.middle_frame(protocol, protocol.covered(len(hr)))
     frames = {"low resolution": nn.functional.interpolate(lr, scale_factor=scale, mode="nearest")[middle]}
     with torch.inference_mode():
