@@ -48,9 +48,12 @@ def write_clip(folder: Path, frames: int = 6, size: tuple[int, int] = (16, 12)) 
         Image.new("RGB", size, (t, t, t)).save(folder / f"{t:08d}.png")
 
 
-def test_the_protocols_of_this_issue_are_there() -> None:
+def test_the_named_protocols_are_there() -> None:
     vid4 = {"vid4_bi_y", "vid4_bi_rgb", "vid4_bd_y", "vid4_bd_duf_y"}
     assert vid4 | {"demo_bi_y", "demo_bd_y", "folder_bi_y", "folder_bi_rgb"} <= set(NAMES)
+
+
+SOURCES = {"clips": "folder", "demo": "DemoClips", "reds4": "reds"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,6 +65,7 @@ def test_a_protocol_is_called_what_its_file_is_called(name: str) -> None:
     assert cfg.colour == colour
     assert cfg._target_ == "vsrplug.protocols.Protocol"
     names = {"BI": "bi", "BD": "bd", "BDDUF": "bd_duf", "STVUN": "stvun", "Real": "real"}
+    names |= {"BINoise": "bi_noise", "BICompression": "bi_compression"}
     short = names[cfg.degradation._target_.rsplit(".")[-1]]
     motion = cfg.clips.get("motion", "all")
     part = "" if motion == "all" else f"{motion}_"
@@ -69,7 +73,7 @@ def test_a_protocol_is_called_what_its_file_is_called(name: str) -> None:
     latent = middle[0] == "latent"  # as VSRnet: fewer frames and pixels
     part += "latent_" if latent else ""
     assert "_".join(middle) == part + short
-    assert cfg.clips._target_.rsplit(".")[-1] == {"demo": "DemoClips", "reds4": "reds"}.get(source, source)
+    assert cfg.clips._target_.rsplit(".")[-1] == SOURCES.get(source, source)
     assert cfg.clips.get("split", "test") == "test"
     septuplets = source == "vimeo90k"  # the fourth frame of seven, which the model sees with their mirror image
     assert cfg.border == (8 if latent else 0)

@@ -57,6 +57,14 @@ def fork() -> Iterator[Run]:
         process.join()
 
 
+def said(capfd: pytest.CaptureFixture[str], line: str) -> None:
+    """Waits for a process to say it."""
+    heard = ""
+    while line not in heard:
+        heard += capfd.readouterr().err
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread each, as this process has, since sums depend on their number; and none left behind."""
@@ -171,18 +179,19 @@ def test_processes_side_by_side_keep_a_gpu_each(
         assert end.recv() == gpu
     if expected[0] is not None:  # of a process that dies, the next one has the place
         late, _ = fork(work)
-        assert not late.poll(0.3)
-        assert "All GPUs are taken by processes that a sweep left behind; waiting" in capfd.readouterr().err
+        said(capfd, "All GPUs are taken by processes that a sweep left behind; waiting for one to end\n")
+        assert not late.poll()
         started[-1][1].kill()
         assert late.recv() == has[-1]
 
 
 def test_a_folder_has_one_process_at_a_time(
-    fork: Run, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fork: Run, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """What a sweep that was killed has left running is not run a second time beside it."""
     job("train", tmp_path)
     monkeypatch.setattr(sweep, "in_sweep", lambda: True)
+    waiting = f"Another process works in {tmp_path}; waiting for it to end\n"
 
     def work(end: Connection) -> None:
         with sweep.place():
@@ -193,30 +202,15 @@ def test_a_folder_has_one_process_at_a_time(
     first, process = fork(work)
     assert first.recv() == "in"
     second, _ = fork(work)
-    assert not second.poll(0.3)
+    said(capfd, waiting)
+    assert not second.poll()
     process.kill()
     assert second.recv() == "in"
     third, _ = fork(work)
-    assert not third.poll(0.3)
+    said(capfd, waiting)
+    assert not third.poll()
     second.send("go")
     assert (second.recv(), third.recv()) == ("out", "in")
-
-
-def test_waiting_is_said(
-    fork: Run, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    job("train", tmp_path)
-    monkeypatch.setattr(sweep, "in_sweep", lambda: True)
-
-    def work(end: Connection) -> None:
-        with sweep.place():
-            end.send("in")
-            time.sleep(0.3)
-
-    end, _ = fork(work)
-    end.recv()
-    with sweep.place():
-        assert capfd.readouterr().err == f"Another process works in {tmp_path}; waiting for it to end\n"
 
 
 SBATCH = """#!/bin/sh

@@ -1,4 +1,5 @@
-"""What makes a sweep survive: finished jobs are skipped, failed ones marked, and what is common is measured once."""
+"""What makes a sweep survive, and keeps its jobs out of each other's way: finished jobs are skipped, failed ones marked,
+what is common is measured once, folders and GPUs have one process at a time."""
 
 from __future__ import annotations
 
@@ -136,9 +137,7 @@ def take_gpu() -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = names[number % count]
             return
         if not attempt:
-            print(
-                "All GPUs are taken by processes that a sweep before has left; waiting for one to end", file=sys.stderr
-            )
+            print("All GPUs are taken by processes that a sweep left behind; waiting for one to end", file=sys.stderr)
         time.sleep(1)
 
 
