@@ -1,5 +1,5 @@
-"""What makes a sweep survive, and keeps its jobs out of each other's way: finished jobs are skipped, failed ones marked,
-what is common is measured once, folders and GPUs have one process at a time."""
+"""What makes a sweep survive: finished jobs are skipped, failed ones marked, what is common is measured once, and jobs
+side by side keep out of each other's folders and GPUs."""
 
 from __future__ import annotations
 
