@@ -12,11 +12,13 @@ from .efst import EFST, EFSTPlugin, SpatioTemporalFusion
 from .flow_guided_deformable_alignment import FlowGuidedDeformableAlignment, FlowGuidedDeformableAlignmentPlugin
 from .gaussian_cross_frame_attention import GaussianCrossFrameAttention, GaussianCrossFrameAttentionPlugin
 from .image_cleaning import ImageCleaning, ImageCleaningPlugin, cleaning_loss
-from .latent_attention import LatentAttention, LatentAttentionPlugin, LongRangeAttention, ShortRangeAttention
+from .latent_attention import LatentAttention, LatentAttentionPlugin
+from .long_range_attention import LongRangeAttention
 from .memory_bank import MemoryBank, MemoryBankPlugin
 from .residual_convolutions import ResidualConvolutions, ResidualConvolutionsPlugin
 from .second_order_propagation import SecondOrderPropagation, SecondOrderPropagationPlugin, compose_flows
 from .seem import SEEM, SEEMPlugin, SemanticRepresentation
+from .short_range_attention import ShortRangeAttention
 
 __all__ = [
     "EFST",
