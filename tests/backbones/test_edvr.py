@@ -210,33 +210,6 @@ def test_windows_in_a_batch_do_not_meet() -> None:
     torch.testing.assert_close(both[1:], second, rtol=0, atol=1e-6)
 
 
-def test_gradients_reach_every_parameter() -> None:
-    network = tiny(predeblur=True)
-    network(torch.rand(1, 3, 3, 8, 12)).square().mean().backward()
-    dead = [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()]
-    assert dead == []
-
-
-def test_bfloat16_stays_near_float32() -> None:
-    network, frames = tiny(), torch.rand(1, 3, 3, 16, 16)
-    with torch.no_grad():
-        exact = network(frames)
-        with torch.autocast("cpu", torch.bfloat16):
-            mixed = network(frames)
-        half = network.bfloat16()(frames.bfloat16())
-    assert mixed.dtype == torch.float32
-    assert half.dtype == torch.bfloat16
-    for rounded in (mixed, half):
-        torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.05)
-
-
-def test_compiles_in_one_graph() -> None:
-    network, frames = tiny(channels=4, deform_groups=2), torch.rand(1, 3, 3, 8, 9)
-    with torch.no_grad():
-        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(frames), network(frames), rtol=0, atol=1e-5)
-
-
 def test_messages() -> None:
     network = tiny()
     with pytest.raises(ValueError, match=r"takes windows of 3 frames, got 4; .* SlidingWindow\(model\)"):

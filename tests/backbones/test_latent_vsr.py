@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -203,24 +202,6 @@ def test_sizes_of_the_paper() -> None:
     ]
 
 
-def test_every_parameter_learns() -> None:
-    network = tiny().train()
-    network(torch.rand(1, 4, 3, 8, 7)).square().mean().backward()
-    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-@torch.no_grad()
-def test_half_precision() -> None:
-    network, frames = tiny(), torch.rand(1, 4, 3, 8, 7)
-    exact = network(frames)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (network(frames) - exact).abs().max() < 0.02 * exact.abs().max()
-    for dtype, near in ((torch.bfloat16, 0.03), (torch.float16, 0.005)):
-        half = copy.deepcopy(network).to(dtype)(frames.to(dtype))
-        assert half.dtype == dtype
-        assert (half.float() - exact).abs().max() < near * exact.abs().max()
-
-
 @torch.no_grad()
 def test_compiles_in_one_graph() -> None:
     torch._dynamo.reset()  # the limit on recompilations counts over the whole process
@@ -229,22 +210,6 @@ def test_compiles_in_one_graph() -> None:
     for t in (3, 5):
         frames = torch.rand(1, t, 3, 7, 6)
         torch.testing.assert_close(compiled(frames), model(frames), rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_copies_and_files() -> None:
-    network, frames = tiny(), torch.rand(1, 4, 3, 7, 6)
-    expected = network(frames)
-    assert torch.equal(copy.deepcopy(network)(frames), expected)
-    other = tiny()
-    assert not torch.equal(other(frames), expected)
-    report = load_official(other, {"params": network.state_dict()})
-    assert sorted(report.loaded) == sorted(network.state_dict())
-    assert torch.equal(other(frames), expected)
-    double = tiny(scale=2)
-    report = load_official(double, network.state_dict(), strict=False)  # another scale starts from the same extractor
-    assert report.missing == ["upscale.weight", "upscale.bias"]
-    assert torch.equal(double.extractor[2].weight, network.extractor[2].weight)
 
 
 def test_messages() -> None:

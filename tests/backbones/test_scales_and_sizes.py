@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,51 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsrplug import Context, load_official
-from vsrplug.backbones import (
-    EDVR,
-    MANA,
-    STVUN,
-    BasicVSR,
-    BasicVSRPlusPlus,
-    IconVSR,
-    LatentVSR,
-    RealBasicVSR,
-    SlidingWindow,
-    SPyNet,
-)
+from vsrplug.backbones import IconVSR, LatentVSR, SlidingWindow
 
-WINDOW = 3
+from .small_networks import NETWORKS, on_clips
 
-
-def flow() -> SPyNet:
-    return SPyNet(2, (4, 4, 4, 4))
-
-
-# Each made for a scale; beside it what its results are added to, which a silent last layer leaves.
-NETWORKS: dict[str, tuple[Callable[[int], nn.Module], str]] = {
-    "edvr": (lambda scale: EDVR(8, WINDOW, 1, 1, deform_groups=2, scale=scale), "conv_last"),
-    "edvr_predeblur": (
-        lambda scale: EDVR(8, WINDOW, 1, 1, deform_groups=2, predeblur=True, scale=scale),
-        "conv_last",
-    ),
-    "basicvsr": (lambda scale: BasicVSR(8, 1, scale, flow(), 4), "conv_last"),
-    "iconvsr": (lambda scale: IconVSR(8, 1, scale=scale, flow=flow(), reconstruction_channels=4), "conv_last"),
-    "basicvsr_pp": (
-        lambda scale: BasicVSRPlusPlus(16, 1, scale=scale, flow=flow(), reconstruction_channels=4),
-        "conv_last",
-    ),
-    "real_basicvsr": (
-        lambda scale: RealBasicVSR(8, 1, 1, scale=scale, flow=flow(), reconstruction_channels=4),
-        "basicvsr.conv_last",
-    ),
-    "mana": (lambda scale: MANA(8, WINDOW, 1, 1, memory_size=4, scale=scale, groups=4), "conv_last"),
-    "stvun": (lambda scale: STVUN(8, WINDOW, scale, flow=flow()), "decoder.last"),
-    "latent_vsr": (lambda scale: LatentVSR(8, 2, scale=scale), "upscale"),
-}
-
-
-def on_clips(network: nn.Module) -> nn.Module:
-    return SlidingWindow(network, "replicate") if network.window else network
+# What a silent last layer leaves is what the results are added to.
+LAST = {"real_basicvsr": "basicvsr.conv_last", "stvun": "decoder.last", "latent_vsr": "upscale"}
 
 
 def silenced(network: nn.Module, layer: str) -> nn.Module:
@@ -80,9 +40,9 @@ def base(network: nn.Module, frames: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_every_size_and_length_comes_back_enlarged_frame_for_frame(name: str) -> None:
-    make, last = NETWORKS[name]
+    last = LAST.get(name, "conv_last")
     for scale, sizes in ((1, [(3, 5)]), (2, [(3, 5)]), (3, [(3, 5)]), (4, [(1, 1), (3, 5), (17, 23)])):
-        network = make(scale).eval()
+        network = NETWORKS[name](8, scale).eval()
         plain = silenced(copy.deepcopy(network), last)
         for h, w in sizes:
             for t in (1, 2, 3):
@@ -95,9 +55,9 @@ def test_every_size_and_length_comes_back_enlarged_frame_for_frame(name: str) ->
                 assert not torch.equal(restored, expected)
 
 
-@pytest.mark.parametrize("name", [name for name, (make, _) in NETWORKS.items() if make(4).window])
+@pytest.mark.parametrize("name", [name for name, make in NETWORKS.items() if make(8, 4).window])
 def test_too_short_a_clip_for_a_window_says_how_many_frames_it_takes(name: str) -> None:
-    network = SlidingWindow(NETWORKS[name][0](4))
+    network = SlidingWindow(NETWORKS[name](8, 4))
     for t, smaller in ((1, "'replicate'"), (2, "'reflection' or 'replicate'")):
         says = rf"the clip has {t} frames and the window 3: .* needs 3 at least; give a longer clip.* with {smaller}$"
         with pytest.raises(ValueError, match=says):
@@ -107,8 +67,8 @@ def test_too_short_a_clip_for_a_window_says_how_many_frames_it_takes(name: str) 
 @pytest.mark.parametrize("scale", [1, 2, 3])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_x4_starts_another_scale_and_the_report_names_what_was_not_carried(name: str, scale: int) -> None:
-    make, last = NETWORKS[name]
-    four, other = make(4), make(scale)
+    last = LAST.get(name, "conv_last")
+    four, other = NETWORKS[name](8, 4), NETWORKS[name](8, scale)
     before = {key: value.clone() for key, value in other.state_dict().items()}
     given = four.state_dict()
     carried = {key for key, value in before.items() if key in given and given[key].shape == value.shape}

@@ -381,15 +381,6 @@ def test_half_precision_stays_near_float32() -> None:
     torch.testing.assert_close(mixed, exact, rtol=0, atol=0.05)
 
 
-@torch.no_grad()
-def test_copies_and_saved_weights_give_the_same() -> None:
-    network, frames = tiny(times=(0.5,)), torch.rand(1, 3, 3, 8, 8)
-    twin, other = copy.deepcopy(network), tiny(times=(0.5,))
-    other.load_state_dict(network.state_dict())
-    assert torch.equal(twin(frames), network(frames))
-    assert torch.equal(other(frames), network(frames))
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiles_in_one_graph() -> None:
