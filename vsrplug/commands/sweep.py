@@ -144,7 +144,10 @@ def take_gpu() -> None:
 def _lock(path: Path) -> FileLock:
     """Of this machine, and gone with the process that holds it; shared file systems do not all have locks."""
     name = hashlib.blake2b(str(path.absolute()).encode(), digest_size=12).hexdigest()
-    return FileLock(Path(tempfile.gettempdir(), f"vsrplug-{name}.lock"))
+    owner = os.getuid() if hasattr(os, "getuid") else "all"  # others may not write to one's files
+    folder = Path(tempfile.gettempdir(), f"vsrplug-locks-{owner}")
+    folder.mkdir(exist_ok=True)
+    return FileLock(folder / f"{name}.lock")
 
 
 def digest(cfg: DictConfig) -> str:
