@@ -130,11 +130,19 @@ class MemoryBankPlugin(Plugin):
     Args:
         channels: width of the sites.
         sites: where it goes; by default what leaves the propagation or the fusion: `fused` of window networks,
-            `{backward,forward}_output` of recurrent ones.
+            the outputs of the branches of recurrent ones.
         entries, embedding, groups, zero_init: as in `MemoryBank`.
     """
 
-    default_sites: ClassVar[tuple[str, ...]] = ("backward_output", "forward_output", "fused")
+    default_sites: ClassVar[tuple[str, ...]] = (
+        "backward_output",
+        "forward_output",
+        "backward_1_output",
+        "forward_1_output",
+        "backward_2_output",
+        "forward_2_output",
+        "fused",
+    )
 
     def __init__(
         self,

@@ -57,7 +57,15 @@ class ResidualConvolutionsPlugin(Plugin):
         width, zero_init: as in `ResidualConvolutions`.
     """
 
-    default_sites: ClassVar[tuple[str, ...]] = ("backward_output", "forward_output", "fused")
+    default_sites: ClassVar[tuple[str, ...]] = (
+        "backward_output",
+        "forward_output",
+        "backward_1_output",
+        "forward_1_output",
+        "backward_2_output",
+        "forward_2_output",
+        "fused",
+    )
 
     def __init__(
         self, channels: int, *, sites: Sequence[str] | None = None, width: int = 64, zero_init: bool = True
