@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from vsrplug.context import Context
 
-from .edvr import PCDAlignment, Pyramid, TSAFusion
+from ..plugins._blocks import lrelu
+from .pcd_alignment import PCDAlignment, Pyramid
+from .tsa_fusion import TSAFusion
 
 LEVELS = ("features_1", "features_2", "features_3", "features")  # by the names of their sites
 HIDDEN = 48  # channels before the last layer, at every scale
@@ -30,7 +32,7 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels, h, w) -> (b, out_channels, h, w)."""
-        return _lrelu(self.conv1(torch.cat((_lrelu(self.conv0(x)), x), dim=1)))
+        return lrelu(self.conv1(torch.cat((lrelu(self.conv0(x)), x), dim=1)))
 
 
 class Encoder(nn.Module):
@@ -43,7 +45,7 @@ class Encoder(nn.Module):
 
     def forward(self, clip: Tensor, context: Context) -> list[Tensor]:
         """(b, t, 3, h, w) in [-1, 1] -> the levels e^i, each (b, t, c, h, w)."""
-        feature = _lrelu(self.first(clip.flatten(0, 1).contiguous(memory_format=torch.channels_last)))
+        feature = lrelu(self.first(clip.flatten(0, 1).contiguous(memory_format=torch.channels_last)))
         levels = []
         for site, block in zip(LEVELS, self.blocks, strict=True):
             level = context.refine(site, block(feature).unflatten(0, clip.shape[:2]))
@@ -97,7 +99,7 @@ class Decoder(nn.Module):
 
     def residual(self, decoded: Tensor) -> Tensor:
         """(b, c, h, w) of the last level -> the residual image, (b, 3, s h, s w), in the range of [-1, 1]."""
-        return F.pixel_shuffle(self.last(_lrelu(self.hidden(decoded))), self.scale)
+        return F.pixel_shuffle(self.last(lrelu(self.hidden(decoded))), self.scale)
 
 
 class EarlyFusion(nn.Module):
@@ -135,13 +137,9 @@ class AlignedFusion(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(b, t, c, h, w) -> (b, c, h, w)."""
         clip = features.shape[:2]
-        level2 = _lrelu(self.conv_l2_2(_lrelu(self.conv_l2_1(features.flatten(0, 1)))))
-        level3 = _lrelu(self.conv_l3_2(_lrelu(self.conv_l3_1(level2))))
+        level2 = lrelu(self.conv_l2_2(lrelu(self.conv_l2_1(features.flatten(0, 1)))))
+        level3 = lrelu(self.conv_l3_2(lrelu(self.conv_l3_1(level2))))
         pyramid = Pyramid(features, level2.unflatten(0, clip), level3.unflatten(0, clip))
         reference = pyramid.frame(clip[1] // 2)
         aligned = [self.pcd_align(pyramid.frame(t), reference) for t in range(clip[1])]
         return self.tsa(torch.stack(aligned, dim=1))
-
-
-def _lrelu(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, 0.1)

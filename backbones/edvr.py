@@ -2,142 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsrplug.context import Context
 from vsrplug.site import SiteSpec
 
-from ..plugins._blocks import ResidualBlock
-from ..plugins._deformable import DeformablePack
-from ._predeblur import Predeblur, enlarge
+from ..plugins._blocks import ResidualBlock, lrelu
+from ._predeblur import Predeblur
 from ._reconstruction import PixelShuffleHead
-
-
-class Pyramid(NamedTuple):
-    """Features of frames at three sizes: `level1` (b, t, c, h, w), `level2` and `level3` at 1/2 and 1/4 of that."""
-
-    level1: Tensor
-    level2: Tensor
-    level3: Tensor
-
-    def frame(self, t: int) -> Pyramid:
-        """The features of frame `t`, each (b, c, ...)."""
-        return Pyramid(*(level[:, t] for level in self))
-
-
-class PCDAlignment(nn.Module):
-    """Pyramid, cascading and deformable alignment of one frame's features to those of the reference frame.
-
-    Offsets are found on the coarsest level first; on the way to the next they are enlarged and, being pixels, doubled.
-
-    Args:
-        channels: width `c` of the features.
-        deform_groups: deformable groups.
-
-    Shape:
-        neighbour, reference: pyramids of (b, c, h, w), (b, c, h/2, w/2), (b, c, h/4, w/4) -> (b, c, h, w).
-
-    Source: Wang et al., "EDVR", CVPRW 2019, section 3.2, eq. 1-4.
-    """
-
-    def __init__(self, channels: int, deform_groups: int) -> None:
-        super().__init__()
-
-        def merge() -> nn.Conv2d:
-            return nn.Conv2d(2 * channels, channels, 3, padding=1)
-
-        def smooth() -> nn.Conv2d:
-            return nn.Conv2d(channels, channels, 3, padding=1)
-
-        def deform() -> DeformablePack:
-            return DeformablePack(channels, channels, deform_groups)
-
-        self.offset_conv1 = nn.ModuleDict({"l3": merge(), "l2": merge(), "l1": merge()})
-        self.offset_conv2 = nn.ModuleDict({"l3": smooth(), "l2": merge(), "l1": merge()})
-        self.offset_conv3 = nn.ModuleDict({"l2": smooth(), "l1": smooth()})
-        self.dcn_pack = nn.ModuleDict({"l3": deform(), "l2": deform(), "l1": deform()})
-        self.feat_conv = nn.ModuleDict({"l2": merge(), "l1": merge()})
-        self.cas_offset_conv1 = merge()
-        self.cas_offset_conv2 = smooth()
-        self.cas_dcnpack = deform()
-
-    def forward(self, neighbour: Pyramid, reference: Pyramid) -> Tensor:
-        """Pyramids of (b, c, ...) -> aligned feature (b, c, h, w)."""
-        offset = self._offset("l3", neighbour.level3, reference.level3, None)
-        aligned = _lrelu(self.dcn_pack["l3"](neighbour.level3, offset))
-
-        offset = self._offset("l2", neighbour.level2, reference.level2, enlarge(offset) * 2)
-        fine = self.dcn_pack["l2"](neighbour.level2, offset)
-        aligned = _lrelu(self.feat_conv["l2"](torch.cat((fine, enlarge(aligned)), dim=1)))
-
-        offset = self._offset("l1", neighbour.level1, reference.level1, enlarge(offset) * 2)
-        fine = self.dcn_pack["l1"](neighbour.level1, offset)
-        aligned = self.feat_conv["l1"](torch.cat((fine, enlarge(aligned)), dim=1))
-
-        offset = _lrelu(self.cas_offset_conv1(torch.cat((aligned, reference.level1), dim=1)))
-        return _lrelu(self.cas_dcnpack(aligned, _lrelu(self.cas_offset_conv2(offset))))
-
-    def _offset(self, level: str, neighbour: Tensor, reference: Tensor, coarse: Tensor | None) -> Tensor:
-        """The feature that a level's offsets are read from, given that of the coarser level, enlarged."""
-        offset = _lrelu(self.offset_conv1[level](torch.cat((neighbour, reference), dim=1)))
-        if coarse is None:
-            return _lrelu(self.offset_conv2[level](offset))
-        offset = _lrelu(self.offset_conv2[level](torch.cat((offset, coarse), dim=1)))
-        return _lrelu(self.offset_conv3[level](offset))
-
-
-class TSAFusion(nn.Module):
-    """Temporal and spatial attention: fuse aligned features into one.
-
-    Each frame is weighted by its correlation with the centre frame, position by position; the fused feature is then
-    multiplied by, and added to, what a small pyramid makes of all frames.
-
-    Args:
-        channels: width `c` of the features.
-        frames: number of frames `t`; the one in the middle is the reference.
-
-    Shape:
-        aligned: (b, t, c, h, w), h and w multiples of 4 -> (b, c, h, w).
-
-    Source: Wang et al., "EDVR", CVPRW 2019, section 3.3, eq. 5-8.
-    """
-
-    def __init__(self, channels: int, frames: int) -> None:
-        super().__init__()
-        self.centre = frames // 2
-        self.temporal_attn1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.temporal_attn2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.feat_fusion = nn.Conv2d(frames * channels, channels, 1)
-        self.spatial_attn1 = nn.Conv2d(frames * channels, channels, 1)
-        self.spatial_attn2 = nn.Conv2d(2 * channels, channels, 1)
-        self.spatial_attn3 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.spatial_attn4 = nn.Conv2d(channels, channels, 1)
-        self.spatial_attn5 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.spatial_attn_l1 = nn.Conv2d(channels, channels, 1)
-        self.spatial_attn_l2 = nn.Conv2d(2 * channels, channels, 3, padding=1)
-        self.spatial_attn_l3 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.spatial_attn_add1 = nn.Conv2d(channels, channels, 1)
-        self.spatial_attn_add2 = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, aligned: Tensor) -> Tensor:
-        """(b, t, c, h, w) -> (b, c, h, w)."""
-        reference = self.temporal_attn1(aligned[:, self.centre])
-        embedded = self.temporal_attn2(aligned.flatten(0, 1)).unflatten(0, aligned.shape[:2])
-        correlation = (embedded * reference.unsqueeze(1)).sum(dim=2, keepdim=True)
-        weighted = (aligned * correlation.sigmoid()).flatten(1, 2)
-        fused = _lrelu(self.feat_fusion(weighted))
-
-        attention = _lrelu(self.spatial_attn2(_reduce(_lrelu(self.spatial_attn1(weighted)))))
-        coarse = _lrelu(self.spatial_attn_l2(_reduce(_lrelu(self.spatial_attn_l1(attention)))))
-        coarse = enlarge(_lrelu(self.spatial_attn_l3(coarse)))
-        attention = _lrelu(self.spatial_attn4(_lrelu(self.spatial_attn3(attention)) + coarse))
-        attention = self.spatial_attn5(enlarge(attention))
-        added = self.spatial_attn_add2(_lrelu(self.spatial_attn_add1(attention)))
-        return fused * attention.sigmoid() * 2 + added  # doubled: a sigmoid starts near 1/2
+from .pcd_alignment import PCDAlignment, Pyramid
+from .tsa_fusion import TSAFusion
 
 
 class WindowFusion(nn.Module):
@@ -239,13 +116,13 @@ class WindowFusion(nn.Module):
         """(b, t, 3, h, w) -> features of the finest level, (b, t, c, h, w)."""
         flat = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         deblurred = hasattr(self, "predeblur")
-        feature = self.conv_1x1(self.predeblur(flat)) if deblurred else _lrelu(self.conv_first(flat))
+        feature = self.conv_1x1(self.predeblur(flat)) if deblurred else lrelu(self.conv_first(flat))
         return self.feature_extraction(feature).unflatten(0, frames.shape[:2])
 
     def _coarser(self, level1: Tensor) -> Pyramid:
         """Features of the finest level -> all three."""
-        level2 = _lrelu(self.conv_l2_2(_lrelu(self.conv_l2_1(level1.flatten(0, 1)))))
-        level3 = _lrelu(self.conv_l3_2(_lrelu(self.conv_l3_1(level2))))
+        level2 = lrelu(self.conv_l2_2(lrelu(self.conv_l2_1(level1.flatten(0, 1)))))
+        level3 = lrelu(self.conv_l3_2(lrelu(self.conv_l3_1(level2))))
         return Pyramid(level1, *(level.unflatten(0, level1.shape[:2]) for level in (level2, level3)))
 
 
@@ -351,13 +228,3 @@ class EDVR(PixelShuffleHead, WindowFusion):
         restored = self.on_frames(context.refine("reconstructed", trunk, t=self.centre), padded[:, self.centre])
         h, w = frames.shape[-2:]
         return restored[..., : h * self.scale, : w * self.scale].unsqueeze(1)
-
-
-def _lrelu(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, 0.1)
-
-
-def _reduce(x: Tensor) -> Tensor:
-    """(b, c, h, w) -> (b, 2 c, h/2, w/2): the maximum and the mean of each neighbourhood."""
-    pooled = (F.max_pool2d(x, 3, stride=2, padding=1), F.avg_pool2d(x, 3, stride=2, padding=1))
-    return torch.cat(pooled, dim=1)

@@ -12,7 +12,7 @@ from vsrplug.context import Context
 from vsrplug.plugged import PluggedModel
 from vsrplug.site import SiteSpec
 
-from .edvr import Pyramid
+from .pcd_alignment import Pyramid
 
 Features = Tensor | Pyramid  # what a network's `extract` returns
 Padding = Literal["replicate", "reflection", "reflection_circle", "circle"]

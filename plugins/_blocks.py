@@ -56,3 +56,14 @@ def warp(feature: Tensor, flow: Tensor, padding: str = "zeros") -> Tensor:
     grid = torch.stack((2 * x / max(w - 1, 1) - 1, 2 * y / max(h - 1, 1) - 1), dim=-1)
     sampled = F.grid_sample(feature.to(dtype), grid, mode="bilinear", padding_mode=padding, align_corners=True)
     return sampled.to(feature.dtype)
+
+
+def lrelu(x: Tensor) -> Tensor:
+    """With the slope of EDVR and its kin."""
+    return F.leaky_relu(x, 0.1)
+
+
+def max_and_mean(x: Tensor) -> Tensor:
+    """(b, c, h, w) -> (b, 2 c, h/2, w/2), rounded up: the maximum and the mean of each neighbourhood of 3x3."""
+    pooled = (F.max_pool2d(x, 3, stride=2, padding=1), F.avg_pool2d(x, 3, stride=2, padding=1))
+    return torch.cat(pooled, dim=1)

@@ -17,6 +17,8 @@ from vsrplug.maps import Maps, at_site, over_time
 from vsrplug.plugin import Plugin
 from vsrplug.site import SiteSpec
 
+from ._blocks import lrelu, max_and_mean
+
 
 class SpatioTemporalFusion(nn.Module):
     """Scale and shift a fused feature E by what a pyramid makes of the features e_t it was fused from (EFST eq. 1-3).
@@ -133,13 +135,13 @@ class SpatioTemporalFusion(nn.Module):
     def _weigh(self, fused: Tensor, neighbours: Tensor, confidence: Tensor) -> Tensor:
         """Eq. 2, the pyramid, and eq. 3."""
         weighted = neighbours * confidence.unsqueeze(2).to(neighbours.dtype)
-        level1 = _lrelu(self.level1(weighted.flatten(1, 2)))
-        level2 = _lrelu(self.level2(_reduce(level1)))
-        level3 = _lrelu(self.level3(_reduce(_lrelu(self.embed2(level2)))))
-        level2 = _lrelu(self.smooth2(level2)) + _enlarge(_lrelu(self.smooth3(level3)), level2)
-        level1 = level1 + _enlarge(_lrelu(self.merge2(level2)), level1)
+        level1 = lrelu(self.level1(weighted.flatten(1, 2)))
+        level2 = lrelu(self.level2(max_and_mean(level1)))
+        level3 = lrelu(self.level3(max_and_mean(lrelu(self.embed2(level2)))))
+        level2 = lrelu(self.smooth2(level2)) + _enlarge(lrelu(self.smooth3(level3)), level2)
+        level1 = level1 + _enlarge(lrelu(self.merge2(level2)), level1)
         logit = self.alpha(level1)
-        beta = self.beta(_lrelu(self.beta_hidden(logit)))
+        beta = self.beta(lrelu(self.beta_hidden(logit)))
         alpha = 2 * logit.to(_precise(fused)).sigmoid()  # doubled: a sigmoid starts near 1/2
         return (alpha * fused + beta).to(fused.dtype)
 
@@ -299,16 +301,6 @@ class EFSTPlugin(Plugin):
 def _precise(x: Tensor) -> torch.dtype:
     """float32, or the dtype of `x` where that is better."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _lrelu(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, 0.1)
-
-
-def _reduce(x: Tensor) -> Tensor:
-    """(b, c, h, w) -> (b, 2 c, h/2, w/2), rounded up: the maximum and the mean of each neighbourhood."""
-    pooled = (F.max_pool2d(x, 3, stride=2, padding=1), F.avg_pool2d(x, 3, stride=2, padding=1))
-    return torch.cat(pooled, dim=1)
 
 
 def _enlarge(x: Tensor, like: Tensor) -> Tensor:
