@@ -2,9 +2,10 @@
 
 Each SWEEP is the folder of a `vsrplug train -m experiment=clips/adapt/...` (docs/results.md has the commands). Of each
 job, from its files: parameters and seconds of training, the gain over the frozen backbone, and that gain as a share of
-the largest among the jobs that trained the whole backbone. Measured here: what autograd keeps for the backward pass of
-a training step, each storage once, parameters left out; PSNR under the protocol that the backbone was trained for; and
-whether the backbone computes what it always did, bit for bit, once plug-ins and low-rank layers are taken off.
+the largest among the jobs of its seed that trained the whole backbone. Seeds of a job are one row: the mean, and the
+deviation between them. Measured here: what autograd keeps for the backward pass of a training step, each storage once,
+parameters left out; PSNR under the protocol that the backbone was trained for; and whether the backbone computes what
+it always did, bit for bit, once plug-ins and low-rank layers are taken off.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +50,25 @@ class Job(NamedTuple):
     def full(self) -> bool:
         return not self.cfg.plugins and self.figures["choices"]["tuning"] == "full"
 
+    @property
+    def name(self) -> str:
+        return ", ".join(self.cfg.plugins) or str(self.figures["choices"]["tuning"])
+
+    @property
+    def rate(self) -> float:
+        rate: float = self.cfg.optim.optimizer.lr
+        return rate
+
+    @property
+    def learned(self) -> int:
+        count: int = self.figures["parameters"]["trainable"]
+        return count
+
+    @property
+    def seed(self) -> int:
+        seed: int = self.figures["seed"]
+        return seed
+
     def model(self) -> PluggedModel:
         """As it was trained."""
         if self.full:
@@ -67,43 +88,58 @@ def main() -> None:
     if len(sys.argv) == 1:
         print("Nothing measured: name the folder of a sweep; docs/results.md has the commands")
     for folder in map(Path, sys.argv[1:]):
-        Console(width=140).print(compare(folder))
+        Console(width=150).print(compare(folder))
 
 
 def compare(sweep: Path) -> Table:
-    """One row a job, the best first."""
+    """One row for the seeds of a job, the best first."""
     with initialize_config_module("vsrplug.conf", version_base="1.3"):
         home: Protocol = build.make(compose("evaluate", [f"protocol={HOME}"]).protocol)
-    jobs = sorted((read(file.parent) for file in sweep.glob("*/metrics.json")), key=lambda job: -job.gain)
+    jobs = [read(file.parent) for file in sorted(sweep.glob("*/metrics.json"))]
+    rows: dict[tuple[str, int, float], list[Job]] = {}
+    most: dict[int, float] = {}
+    for job in jobs:
+        rows.setdefault((job.name, job.learned, job.rate), []).append(job)
+        if job.full:
+            most[job.seed] = max(job.gain, most.get(job.seed, job.gain))
     first = jobs[0]
-    most = max(job.gain for job in jobs if job.full)
     at_home = evaluate(clip_network(first.backbone()), home, progress=False).psnr
+    size = sum(p.numel() for p in first.backbone().parameters())
     protocol = first.figures["protocol"]
     table = Table(
         title=f"{protocol}: frozen {first.figures['psnr'] - first.gain:.3f} dB; under {HOME} {at_home:.3f} dB"
     )
     table.add_column("what learns")
-    for column in ("parameters", "of all", "s", "kept, MB", "gain, dB", "of full", f"{HOME}, dB", "taken off"):
+    columns = ["rate", "seeds", "parameters", "of all", "s", "kept, MB", "gain, dB", "of full", f"{HOME}, dB"]
+    for column in [*columns, "taken off"]:
         table.add_column(column, justify="right")
-    for job in jobs:
-        learned, size = job.figures["parameters"]["trainable"], sum(p.numel() for p in job.backbone().parameters())
-        name = ", ".join(job.cfg.plugins) or job.figures["choices"]["tuning"]
-        if job.full:
-            name += f", rate {job.cfg.optim.optimizer.lr:g}"
-        masks = build.make(job.cfg.masks)
-        after = evaluate(clip_network(job.model()), home, masks=masks, progress=False).psnr
+    for (name, learned, rate), seeds in sorted(rows.items(), key=lambda row: -fmean(job.gain for job in row[1])):
         table.add_row(
             name,
+            f"{rate:g}",
+            str(len(seeds)),
             f"{learned:,}",
             f"{learned / size:.1%}",
-            f"{job.figures['training_seconds'] or float('nan'):.0f}",
-            f"{kept(job) / 1e6:.1f}",
-            f"{job.gain:+.3f}",
-            f"{job.gain / most:.0%}",
-            f"{after - at_home:+.3f}",
-            "equal" if equal_again(job) else "reload",
+            f"{fmean(job.figures['training_seconds'] or float('nan') for job in seeds):.0f}",
+            f"{kept(seeds[0]) / 1e6:.1f}",
+            spread([job.gain for job in seeds]),
+            f"{fmean(job.gain / most.get(job.seed, float('nan')) for job in seeds):.0%}",
+            spread([evaluated(job, home) - at_home for job in seeds]),
+            "equal" if all(equal_again(job) for job in seeds) else "reload",
         )
     return table
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and the deviation between seeds."""
+    mean = f"{fmean(values):+.3f}"
+    return mean if len(values) == 1 else f"{mean} +- {stdev(values):.3f}"
+
+
+def evaluated(job: Job, protocol: Protocol) -> float:
+    """PSNR of the job's model."""
+    masks = build.make(job.cfg.masks)
+    return evaluate(clip_network(job.model()), protocol, masks=masks, progress=False).psnr
 
 
 def read(folder: Path) -> Job:
