@@ -51,7 +51,8 @@ def test_metrics_json_says_what_was_measured_and_with_what(
     for clip, expected in report.clips.items():
         assert written["clips"][clip] == pytest.approx(expected)
     assert (written["psnr"], written["ssim"]) == pytest.approx((report.psnr, report.ssim))
-    backbone, bank = size(basicvsr_tiny()), size(MemoryBankPlugin(32, sites=["backward_output", "forward_output", "fused"]))
+    attached = MemoryBankPlugin(32, sites=["backward_output", "forward_output", "fused"])
+    backbone, bank = size(basicvsr_tiny()), size(attached)
     assert written["parameters"] == {"total": backbone + bank, "trainable": 0}
     assert written["seed"] == 7
     assert written["seconds"] > 0
