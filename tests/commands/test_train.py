@@ -72,7 +72,8 @@ def test_a_run_killed_at_a_random_moment_and_resumed_gives_the_same_weights(
     _, errors = running.communicate()
     assert running.returncode == -signal.SIGKILL, errors
     assert not (tmp_path / "killed" / "metrics.json").exists()
-    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    saved = torch.load(checkpoint, weights_only=True)
+    step, seconds = saved["global_step"], saved["callbacks"]["Timer"]["time_elapsed"]["train"]
     assert 2 <= step < 14
     resumed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
@@ -81,6 +82,7 @@ def test_a_run_killed_at_a_random_moment_and_resumed_gives_the_same_weights(
     whole, killed = figures(tmp_path / "whole"), figures(tmp_path / "killed")
     assert whole["clips"] == killed["clips"]
     assert whole["compared"] == killed["compared"]  # the backbone of before is the untrained one, not the resumed
+    assert killed["training_seconds"] > seconds > 0  # of both parts
     lines = resumed.stderr.splitlines()
     assert f"Going on from {checkpoint}" in lines
     assert [line for line in lines if line.startswith("step 12/14  pixel ")]

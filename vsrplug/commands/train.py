@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
@@ -61,9 +61,7 @@ def run(cfg: DictConfig) -> float:
         operations = count_flops(model, partial(example, model)).total
         more |= {"gflop": operations and operations / 1e9}
     if module.trainable:
-        start, resumed = time.perf_counter(), (folder / CHECKPOINT).exists()
-        pruning = fit(cfg, module, folder, console)
-        more["training_seconds"] = None if resumed else time.perf_counter() - start
+        more["training_seconds"], pruning = fit(cfg, module, folder, console)
         if rank_zero_only.rank > 0:  # one process saves and measures
             return float("nan")
         if pruning:
@@ -97,11 +95,12 @@ def make_module(cfg: DictConfig, model: PluggedModel, protocol: Protocol) -> VSR
     )
 
 
-def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> Pruning | None:
+def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> tuple[float, Pruning | None]:
     """Run the trainer, from the last checkpoint where this folder has one.
 
     Returns:
-        What stopped the run before its last step, where something did.
+        Seconds of training, with those of the parts before (a killed part counts up to its last checkpoint), and what
+        stopped the run before its last step, where something did.
 
     Raises:
         InterruptedError: interrupted from the keyboard.
@@ -109,6 +108,9 @@ def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> P
     """
     data = build.make(cfg.datamodule)(validation=module.validation)
     callbacks = [*build.make_each(cfg.callbacks).values()]
+    timer = next((one for one in callbacks if isinstance(one, Timer)), None)
+    if timer is None:  # Lightning takes one only
+        callbacks.append(timer := Timer())
     loggers = [*build.make_each(cfg.logger).values()]
     trainer: Trainer = build.make({**build.as_plain(cfg.trainer), "callbacks": callbacks, "logger": loggers})
     checkpoint = folder / CHECKPOINT
@@ -125,7 +127,7 @@ def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> P
         ) from error
     except SystemExit:  # Lightning's answer to Ctrl-C
         raise InterruptedError(f"interrupted; go on with the same command and hydra.run.dir={folder}") from None
-    return next((one for one in callbacks if isinstance(one, Pruning) and one.stopped), None)
+    return timer.time_elapsed(), next((one for one in callbacks if isinstance(one, Pruning) and one.stopped), None)
 
 
 def save(model: PluggedModel, folder: Path) -> None:
