@@ -3,9 +3,9 @@
 Each SWEEP is the folder of a `vsrplug train -m experiment=clips/adapt/...` (docs/results.md has the commands). Of each
 job, from its files: parameters and seconds of training, the gain over the frozen backbone, and that gain as a share of
 the largest among the jobs of its seed that trained the whole backbone. Seeds of a job are one row: the mean, and the
-deviation between them. Measured here: what autograd keeps for the backward pass of a training step, each storage once,
-parameters left out; PSNR under the protocol that the backbone was trained for; and whether the backbone computes what
-it always did, bit for bit, once plug-ins and low-rank layers are taken off.
+deviation between them; intervals are over clips. Measured here: what autograd keeps for the backward pass of a training
+step, each storage once, parameters left out; PSNR under the protocol that the backbone was trained for; and whether the
+backbone computes what it always did, bit for bit, once plug-ins and low-rank layers are taken off.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vsrplug.evaluation import evaluate
 from vsrplug.lora import LoRA
 from vsrplug.module import clip_network
 from vsrplug.protocols import Protocol
+from vsrplug.reporting.intervals import Resampling
 
 HOME = "clips_bi_y"  # what the backbone was trained for
 
@@ -88,7 +89,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         print("Nothing measured: name the folder of a sweep; docs/results.md has the commands")
     for folder in map(Path, sys.argv[1:]):
-        Console(width=150).print(compare(folder))
+        Console(width=180).print(compare(folder))
 
 
 def compare(sweep: Path) -> Table:
@@ -122,7 +123,7 @@ def compare(sweep: Path) -> Table:
             f"{learned / size:.1%}",
             f"{fmean(job.figures['training_seconds'] or float('nan') for job in seeds):.0f}",
             f"{kept(seeds[0]) / 1e6:.1f}",
-            spread([job.gain for job in seeds]),
+            f"{spread([job.gain for job in seeds])} {interval(seeds)}",
             f"{fmean(job.gain / most.get(job.seed, float('nan')) for job in seeds):.0%}",
             spread([evaluated(job, home) - at_home for job in seeds]),
             "equal" if all(equal_again(job) for job in seeds) else "reload",
@@ -134,6 +135,16 @@ def spread(values: list[float]) -> str:
     """The mean, and the deviation between seeds."""
     mean = f"{fmean(values):+.3f}"
     return mean if len(values) == 1 else f"{mean} +- {stdev(values):.3f}"
+
+
+def interval(seeds: list[Job]) -> str:
+    """95 % interval of the gain, over clips, each the mean over seeds."""
+    gains = [
+        fmean(job.figures["clips"][clip]["psnr"] - psnr["psnr"] for job in seeds)
+        for clip, psnr in seeds[0].figures["compared"]["backbone"]["clips"].items()
+    ]
+    ends = Resampling().interval(gains)
+    return f"[{ends[0]:+.3f}, {ends[1]:+.3f}]" if ends else ""
 
 
 def evaluated(job: Job, protocol: Protocol) -> float:
