@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,25 @@ def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], **tolerance: 
     assert ours.keys() == theirs.keys()
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], msg=lambda text, key=key: f"{key}: {text}", **tolerance)
+
+
+class OneForAll(Plugin):
+    """One module for every site, so no `at`."""
+
+    default_sites = ("fused", "elsewhere")
+
+    def __init__(self, channels: int, *, sites: Sequence[str] | None = None) -> None:
+        super().__init__(channels, sites=sites)
+        self.gain = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, feature: Tensor, context: Context, *, site: str, t: int | None = None, **given: Any) -> Tensor:
+        return feature + self.gain * feature
+
+
+def test_a_module_may_be_shared_by_all_sites() -> None:
+    model = attach(basicvsr(), gain=OneForAll(C))
+    assert model.plugins["gain"].sites == ("fused",)
+    assert model.plugins["gain"].arguments == {"channels": C}
 
 
 # What one does with a model

@@ -532,3 +532,27 @@ def test_parameters_that_sites_share_are_saved(tmp_path: Path) -> None:
     model = awake(attach(network, it=Shared(C)))
     save_plugins(model, path)
     assert torch.equal(run(load_plugins(network, path, classes=[Shared]).eval()), run(model))
+
+
+class GatePlugin(Plugin):
+    """Its constructor takes no `sites`, and calls itself what it likes; a site of the default ones does not exist."""
+
+    default_sites = ("fused", "elsewhere")
+
+    def __init__(this, channels: int, start: float = 0.0) -> None:  # noqa: N805
+        super().__init__(channels)
+        this.at = nn.ModuleDict({site: nn.PReLU(channels, start) for site in this.sites})
+
+    def forward(self, feature: Tensor, context: Context, *, site: str, t: int | None = None, **given: Any) -> Tensor:
+        return feature + self.at[site](feature.flatten(0, 1)).unflatten(0, feature.shape[:2])
+
+
+def test_a_plugin_without_a_choice_of_sites_is_rebuilt(tmp_path: Path) -> None:
+    model, frames = awake(attach(basicvsr(), gate=GatePlugin(C, start=0.5))), torch.rand(1, 3, 3, 8, 8)
+    assert model.plugins["gate"].arguments == {"channels": C, "start": 0.5}
+    save_plugins(model, tmp_path / "gate.safetensors")
+    network = basicvsr()
+    network.load_state_dict(model.backbone.state_dict())
+    again = load_plugins(network, tmp_path / "gate.safetensors", classes=[GatePlugin])
+    assert again.plugins["gate"].sites == ("fused",)
+    assert torch.equal(again(frames), model(frames))

@@ -20,8 +20,8 @@ class Plugin(nn.Module, ABC):
     """A shape-keeping module that refines features at one or more sites of a backbone.
 
     A subclass keeps one plain module a site in the `nn.ModuleDict` `self.at`, made for every name in `self.sites`, so
-    that `attach` can drop those of default sites that a backbone lacks. Nothing that belongs to one call stays on
-    `self`: what sites share goes to `context.memo`.
+    that `attach` can drop those of default sites that a backbone lacks; where all sites share a module it needs none.
+    Nothing that belongs to one call stays on `self`: what sites share goes to `context.memo`.
 
     Args:
         channels: width of the features it serves.
@@ -37,10 +37,11 @@ class Plugin(nn.Module, ABC):
     def __new__(cls, *args: Any, **kwargs: Any) -> Plugin:
         """Record the constructor's arguments, whatever the subclass does with them."""
         plugin = super().__new__(cls)
+        itself = next(iter(inspect.signature(cls.__init__).parameters))  # `self`, by whatever name
         # bind_partial: copy and unpickle call __new__ without arguments and restore `arguments` themselves.
         bound = inspect.signature(cls.__init__).bind_partial(plugin, *args, **kwargs)
         # What a subclass takes as **keywords is recorded by its own names, so that the constructor can be called again.
-        given = {name: value for name, value in bound.arguments.items() if name not in ("self", _open(cls))}
+        given = {name: value for name, value in bound.arguments.items() if name not in (itself, _open(cls))}
         object.__setattr__(plugin, "arguments", given | bound.arguments.get(_open(cls), {}))
         return plugin
 
@@ -59,8 +60,10 @@ class Plugin(nn.Module, ABC):
 
         From then on they count as given: on another backbone they must all exist, none is dropped again.
         """
+        modules = self._modules.get("at")
         for site in set(self.sites) - set(sites):
-            del self.at[site]
+            if isinstance(modules, nn.ModuleDict) and site in modules:
+                del modules[site]
         self.sites = tuple(site for site in self.sites if site in sites)
         self.sites_given = True
 

@@ -7,6 +7,7 @@ constructor arguments are plain JSON.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import tempfile
@@ -213,8 +214,14 @@ def _rebuild(path: str | Path, description: dict[str, Any], known: dict[str, typ
     name = description["class"]
     if name not in known:
         raise ValueError(f"{path}: {unknown_name('plug-in class', name, known)} Pass your own with classes=[{name}].")
+    arguments, sites = description["arguments"], description["sites"]
+    parameters = inspect.signature(known[name].__init__).parameters.values()
     try:
-        return known[name](**description["arguments"], sites=description["sites"])
+        if any(parameter.name == "sites" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return known[name](**arguments, sites=sites)
+        plugin = known[name](**arguments)  # its sites are fixed, or the default ones, some of which may be left out
+        plugin.keep_sites(sites)
+        return plugin
     except TypeError as error:
         raise ValueError(
             f"{path}: {name} cannot be made with the arguments in the file ({error}); it was saved by another version "

@@ -22,7 +22,7 @@ def test_everything_the_demo_leaves(job: Job, tmp_path: Path, capsys: pytest.Cap
     assert "bit for bit" in printed
     assert "with plug-ins" in printed
     figures = json.loads((tmp_path / "metrics.json").read_text())
-    assert figures["protocol"] == "demo_bd_y"
+    assert figures["protocol"] == "demo_small_bd_y"
     assert 0 < figures["parameters"]["trainable"] < figures["parameters"]["total"]
     with Image.open(tmp_path / "comparison.png") as picture:
         assert min(picture.size) > 200

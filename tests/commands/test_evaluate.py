@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 import vsrplug as library
+from vsrplug import attach, save_plugins
 from vsrplug.backbones import Bicubic, basicvsr_tiny
 from vsrplug.commands import build, evaluate
 from vsrplug.evaluation import evaluate as measure
-from vsrplug.plugins import MemoryBankPlugin
+from vsrplug.plugins import MemoryBankPlugin, SEEMPlugin
 
 from .conftest import Job
 
@@ -123,6 +124,18 @@ def test_bad_data_ends_in_one_line(
     assert (str(clip / "1.png") if "torn" in str(given) else message.format(path=tmp_path)) in text
     assert "\n" not in text
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_file_with_seem_asks_for_masks_as_a_command_takes_them(
+    vsrplug: Callable[..., None], tmp_path: Path, tiny: dict[str, list[str]]
+) -> None:
+    file = tmp_path / "seem.safetensors"
+    save_plugins(attach(basicvsr_tiny(), seem=SEEMPlugin(32, sites=["fused"], masks=16)), file)
+    given = ["evaluate", *tiny["evaluate"], f"plugins_file={file}", f"hydra.run.dir={tmp_path}/run"]
+    with pytest.raises(SystemExit, match=r"here, masks=superpixels masks\.count=16, or what it was trained with"):
+        vsrplug(*given)
+    vsrplug(*given, "masks=superpixels", "masks.count=16")
+    assert (tmp_path / "run" / "metrics.json").exists()
 
 
 @pytest.mark.realdata

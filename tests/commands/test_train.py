@@ -189,11 +189,14 @@ def test_what_is_tuned_without_plugins_is_a_small_file(
     assert written["psnr"] != written["compared"]["backbone"]["psnr"]
 
 
-def test_a_window_network_takes_the_same_choices(job: Job, tmp_path: Path, tiny: dict[str, list[str]]) -> None:
+def test_a_window_network_takes_the_same_choices(
+    job: Job, tmp_path: Path, tiny: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Longer training clips than its window, validation and evaluation of whole clips."""
     small = ["backbone=edvr", "backbone.channels=32", "backbone.extract_blocks=1", "backbone.reconstruct_blocks=1"]
     clips = ["datamodule.frames=7", "protocol.clips.frames=5", "trainer.val_check_interval=2", "trainer.max_steps=2"]
     train.run(job("train", tmp_path, *tiny["train"], *small, *clips, "plugins=[seem,memory_bank]"))
+    assert "The backbone has no weights and does not learn: give backbone.path=FILE" in capsys.readouterr().err
     written = figures(tmp_path)
     assert list(written["compared"]) == ["bicubic", "backbone"]
     assert written["psnr"] != written["compared"]["backbone"]["psnr"]

@@ -16,7 +16,7 @@ COMMANDS = {
     "merge": "write a backbone and what was tuned on it as one ordinary checkpoint",
     "report": "one table and a page of what the runs in a folder left",
     "describe": "print sites, plug-ins, what learns, and what it costs, before anything runs",
-    "demo": "two minutes: tune plug-ins on the embedded clips, compare, detach",
+    "demo": "three to ten minutes: tune plug-ins on the embedded clips, compare, detach",
 }
 
 USAGE = "\n".join(

@@ -105,9 +105,11 @@ def describe_error(error: BaseException) -> str:
 
 
 def _remedy(cfg: DictConfig, error: BaseException) -> str:
-    """The commands that make the masks that are missing, where that is the error."""
+    """The commands that make the masks that are missing, or the choice of masks, where that is the error."""
     while error.__cause__ is not None and isinstance(error, HydraException):
         error = error.__cause__
+    if "needs object masks" in str(error) and not cfg.get("masks"):
+        return "; here, masks=superpixels masks.count=16, or what it was trained with"
     if not isinstance(error, MasksError) or "folder" not in (cfg.get("masks") or {}):
         return ""
     from hydra.core.hydra_config import HydraConfig

@@ -55,6 +55,9 @@ def run(cfg: DictConfig) -> float:
     protocol = build.make(cfg.protocol)
     module = make_module(cfg, model, protocol)
     console.print(summary(model))
+    learns = build.make(cfg.tuning).trained(model)  # in one phase or another
+    if cfg.backbone.get("path", "") is None and not any(name.startswith("backbone.") for name in learns):
+        console.print("The backbone has no weights and does not learn: give backbone.path=FILE, or another tuning.")
     more: dict[str, Any] = {}
     more["parameters"] = build.count_parameters(model) | {"trainable": module.trainable}  # in one phase or another
     if sweep.in_sweep():  # for the report
