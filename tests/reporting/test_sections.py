@@ -216,3 +216,21 @@ def test_rows_come_frozen_first_then_without_plugins(leave: Leave, tmp_path: Pat
     assert [row.title for row in one(tmp_path).rows] == [
         "edvr, none, plugins_only", "edvr, none, full", "edvr, bank, full", "edvr, bank, plugins_only",
     ]  # fmt: skip
+
+
+def test_plain_convolutions_are_those_with_as_many_parameters(leave: Leave, tmp_path: Path) -> None:
+    alone = {"tuning": "plugins_only"}
+    leave(better(0.5, 0.1), plugins="seem", trainable=1000, **alone)
+    leave(better(0.5), plugins="bank", trainable=2000, **alone)  # there are none of its size
+    leave(better(0.5), plugins="efst", trainable=1010)  # of the whole backbone, so that the number says little
+    convolutions = {"plugins": "residual_convolutions", **alone}
+    for count, by, steps in ((1040, 0.1, 300), (970, 0.2, 300), (1000, 0.3, 9), (1060, 0.4, 300)):
+        config = {"plugins": {"residual_convolutions": {"width": count}}, "trainer": {"max_steps": steps}}
+        leave(better(by), trainable=count, config=config, name=f"c{count}", **convolutions)
+    section = one(tmp_path)
+    gain = row_of(section, "seem", "plugins_only").over_convolutions
+    assert gain is not None
+    assert gain.clips == pytest.approx({"a": 0.4, "b": 0.2, "c": 0.4, "d": 0.2})  # those of 970 parameters
+    assert section.rows[gain.against - 1 if gain.against else 0].figures[0].trainable == 970
+    others = [row for row in section.rows if row.job.plugins != "seem"]
+    assert [row.over_convolutions for row in others] == [None] * 6

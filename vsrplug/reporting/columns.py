@@ -48,6 +48,7 @@ def columns(section: Section) -> list[Column]:
         Column("SSIM", lambda row: _spread(row.ssim, row.deviations and row.deviations[1], 4), spare=True),
         Column("over backbone, dB", lambda row: gain_text(row.over_backbone)),
         Column("over control, dB", lambda row: gain_text(row.over_control)),
+        Column("over convolutions, dB", lambda row: gain_text(row.over_convolutions), spare=True),
         Column("trained", lambda row: NONE if not row.figures else f"{row.figures[0].trainable:,}"),
         Column("GFLOP", lambda row: _mean([f.gflop for f in row.figures], ",.2f"), spare=True),
         Column("training s", lambda row: _mean([f.training_seconds for f in row.figures], ",.0f"), spare=True),
@@ -72,6 +73,8 @@ def notes(section: Section) -> list[str]:
         "was, frozen. Control, with its number: the same run without plug-ins, or tuning=full where the tuning trains "
         "plug-ins alone."
     ]
+    if any(row.over_convolutions for row in section.rows):
+        lines[0] += " Convolutions, with their number: residual_convolutions of as many parameters, within 5 %."
     for backbone, verdict in section.verdicts.items():
         leader, rival, lead = verdict.leader.number, verdict.rival.number, gain_text(verdict.lead)
         if verdict.sure:

@@ -1,4 +1,4 @@
-"""What a row is compared with: the backbone before, fine-tuning without plug-ins, and the other rows."""
+"""What a row is compared with: the backbone before, tuning without plug-ins, plain convolutions, and other rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from .intervals import Gain, Resampling, paired
 from .rows import Row, Verdict
 
 WITH_PLUGINS = ("plugins", "masks", "datamodule.masks", "losses.weights")  # settings that come and go with plug-ins
+
+CONVOLUTIONS = "residual_convolutions"
+AS_MANY = 0.05  # parameters that differ by less than this share count as equal
 
 
 def over_backbone(row: Row, rows: list[Row], how: Resampling) -> Gain | None:
@@ -58,6 +61,28 @@ def over_control(row: Row, rows: list[Row], how: Resampling) -> tuple[Gain | Non
         return None, differing[nearest]
     gain = between(row, next(other for other in alike if other.number == nearest), how)
     return (None if gain is None else replace(gain, against=nearest)), []
+
+
+def over_convolutions(row: Row, rows: list[Row], how: Resampling) -> Gain | None:
+    """Over plain convolutions of as many parameters, trained in the same way; only where plug-ins alone learn.
+
+    Of several such rows it is the one whose number of parameters is nearest. Whether they stand at the same sites is
+    not looked at.
+    """
+    if not row.job.known or not row.figures or row.job.tuning != "plugins_only" or row.job.plugins == CONVOLUTIONS:
+        return None
+    count = row.figures[0].trainable
+    off = {
+        other.number: abs(other.figures[0].trainable - count)
+        for other in rows
+        if other.job.plugins == CONVOLUTIONS and other.figures and other.job.known
+        if other.job.backbone == row.job.backbone and not _differing(row, other, WITH_PLUGINS)
+    }
+    nearest = min(off, key=lambda number: off[number], default=None)
+    if nearest is None or off[nearest] > AS_MANY * count:
+        return None
+    gain = between(row, next(other for other in rows if other.number == nearest), how)
+    return gain and replace(gain, against=nearest)
 
 
 def _differing(row: Row, other: Row, ignored: tuple[str, ...]) -> list[str]:

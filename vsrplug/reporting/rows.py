@@ -20,6 +20,7 @@ class Row:
         extra: setting -> value, where other rows have the same words and another value.
         over_backbone: PSNR over that of the backbone before.
         over_control: PSNR over that of fine-tuning without plug-ins.
+        over_convolutions: PSNR over that of plain convolutions of as many parameters.
         control_differs: settings in which the nearest run without plug-ins differs, where there is no control.
     """
 
@@ -28,6 +29,7 @@ class Row:
     extra: dict[str, str] = field(default_factory=dict)
     over_backbone: Gain | None = None
     over_control: Gain | None = None
+    over_convolutions: Gain | None = None
     control_differs: list[str] = field(default_factory=list)
 
     @property

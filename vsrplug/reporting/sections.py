@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .comparisons import over_backbone, over_control, verdicts
+from .comparisons import over_backbone, over_control, over_convolutions, verdicts
 from .intervals import Resampling
 from .jobs import STATES, Job
 from .rows import Row, Section
@@ -51,6 +51,7 @@ def sections(jobs: Iterable[Job], how: Resampling) -> tuple[list[Section], list[
         _tell_apart(section, [other for other in found if other.protocol == section.protocol])
         for row in section.rows:
             row.over_backbone = over_backbone(row, section.rows, how)
+            row.over_convolutions = over_convolutions(row, section.rows, how)
             row.over_control, row.control_differs = over_control(row, section.rows, how)
         section.verdicts = dict(verdicts(section.rows, how))
     return found, left

@@ -96,7 +96,8 @@ def _record(section: Section, row: Row) -> dict[str, object]:
         "ssim": row.ssim,
         "ssim_deviation": row.deviations and row.deviations[1],
     }
-    for name, gain in (("backbone", row.over_backbone), ("control", row.over_control)):
+    gains = {"backbone": row.over_backbone, "control": row.over_control, "convolutions": row.over_convolutions}
+    for name, gain in gains.items():
         low, high = (gain and gain.interval) or (None, None)
         record |= {f"over_{name}": gain and gain.mean, f"over_{name}_low": low, f"over_{name}_high": high}
     first = row.figures[0] if row.figures else None
@@ -104,6 +105,7 @@ def _record(section: Section, row: Row) -> dict[str, object]:
     return (
         record
         | {"control": row.over_control and row.over_control.against}
+        | {"convolutions": row.over_convolutions and row.over_convolutions.against}
         | {"trainable": first and first.trainable, "parameters": first and first.total, "gflop": first and first.gflop}
         | {"training_seconds": fmean(seconds) if seconds else None, "best": int(section.is_best(row))}
         | {"missing": missing(row)}
