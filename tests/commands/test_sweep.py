@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 
 from vsrplug.commands import build, outcome, sweep, train
+from vsrplug.reporting import read_jobs
 
 COMMAND = [sys.executable, "-c", "from vsrplug.commands import main; main()"]
 
@@ -192,3 +195,38 @@ def test_a_job_is_finished_only_with_the_same_configuration(tmp_path: Path, job:
     assert sweep.finished(job("train", tmp_path, "seed=2"), tmp_path) is None
     (tmp_path / "metrics.json").write_text("{")
     assert sweep.finished(cfg, tmp_path) is None
+
+
+def test_a_job_of_another_configuration_is_not_taken_for_this_one(
+    vsrplug: Callable[..., None], runs: Path, tiny: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder is the same, as where an experiment's file was edited between two starts."""
+    folders = [f"hydra.sweep.dir={runs}", "hydra.sweep.subdir=job"]
+    command = ["train", "-m", *tiny["train"], "plugins=memory_bank", "trainer.max_steps=2", "seed=0", *folders]
+    weights = []
+    for rate in ("1e-3", "5e-2"):
+        vsrplug(*command, f"optim.optimizer.lr={rate}")
+        weights.append(load_file(runs / "job" / "plugins.safetensors"))
+    assert "Starts afresh, since it was begun with another configuration" in capsys.readouterr().err
+    assert {file.name for file in (runs / "job" / "checkpoints").iterdir()} == {"before.ckpt", "last.ckpt"}
+    alone = ["trainer.max_steps=2", "optim.optimizer.lr=5e-2", f"hydra.run.dir={runs / 'alone'}"]
+    vsrplug("train", *tiny["train"], "plugins=memory_bank", "seed=0", *alone)
+    alike = load_file(runs / "alone" / "plugins.safetensors")
+    assert all(torch.equal(alike[key], value) for key, value in weights[1].items())
+    assert not all(torch.equal(alike[key], value) for key, value in weights[0].items())
+    vsrplug(*command, "optim.optimizer.lr=-1")
+    (job,) = read_jobs(runs / "job")
+    assert (job.state, "Invalid learning rate" in job.error) == ("failed", True)
+    assert (runs / "job" / "metrics.before.json").exists()
+
+
+def test_figures_are_shared_only_by_networks_made_in_the_same_way(
+    vsrplug: Callable[..., None], runs: Path, tiny: dict[str, list[str]]
+) -> None:
+    """The number of passes is not among the weights."""
+    cleaning = ["plugins=image_cleaning", "plugins.image_cleaning.zero_init=false"]
+    vsrplug("evaluate", "-m", *tiny["evaluate"], *cleaning, "plugins.image_cleaning.passes=1,2")
+    (sweep_folder,) = runs.glob("sweeps/evaluate,*")
+    one, two = (json.loads(file.read_text()) for file in sorted(sweep_folder.glob("*/metrics.json")))
+    assert one["psnr"] != two["psnr"]
+    assert one["compared"] == two["compared"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from vsrplug.reporting import read_jobs
+from vsrplug.reporting import Resampling, read_jobs, sections
 from vsrplug.reporting.figures import read_figures
 from vsrplug.reporting.plan import planned
 
@@ -152,3 +153,32 @@ def test_a_job_not_begun_has_the_configuration_of_its_other_seed(leave: Leave, t
     done, missing = read_jobs(tmp_path)
     assert (missing.state, missing.seed, missing.known) == ("not started", 1, True)
     assert missing.settings == done.settings
+
+
+def test_jobs_not_begun_are_told_apart_by_what_has_no_column(leave: Leave, tmp_path: Path) -> None:
+    multirun(tmp_path, "experiment=a,b", "losses=l1,l2")
+    first, *others = read_jobs(tmp_path)
+    assert first.label == ("-", "-", "-", "-")  # an experiment says what they are, and nobody has asked it yet
+    (section,), left = sections([first, *others], Resampling())
+    assert left == []
+    assert [tuple(row.extra.values()) for row in section.rows] == [("a", "l1"), ("a", "l2"), ("b", "l1"), ("b", "l2")]
+
+
+def test_an_error_after_the_figures_counts(leave: Leave, tmp_path: Path) -> None:
+    folder = leave({"a": 20.0})
+    failed = folder / "failed.json"
+    failed.write_text(json.dumps({"error": "no memory", "traceback": "", "choices": {}}))
+    for later, state in ((-10, "done"), (10, "failed")):
+        when = (folder / "metrics.json").stat().st_mtime + later
+        os.utime(failed, (when, when))
+        (job,) = read_jobs(tmp_path)
+        assert job.state == state
+
+
+@pytest.mark.parametrize("name", ["config", "hydra", "overrides"])
+@pytest.mark.parametrize("text", ["abc", "hydra: {runtime: null}", "seed: x", "[1, 2]"])
+def test_yaml_of_another_shape_is_a_job_all_the_same(leave: Leave, tmp_path: Path, name: str, text: str) -> None:
+    folder = leave({"a": 20.0})
+    (folder / ".hydra" / f"{name}.yaml").write_text(text)
+    (job,) = read_jobs(tmp_path)
+    assert (job.state, job.backbone) == ("done", "edvr")

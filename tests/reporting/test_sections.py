@@ -9,6 +9,7 @@ from statistics import stdev
 import pytest
 
 from vsrplug.reporting import Resampling, Row, Section, read_jobs, sections
+from vsrplug.reporting.columns import notes
 
 from .conftest import Leave, multirun
 
@@ -234,3 +235,39 @@ def test_plain_convolutions_are_those_with_as_many_parameters(leave: Leave, tmp_
     assert section.rows[gain.against - 1 if gain.against else 0].figures[0].trainable == 970
     others = [row for row in section.rows if row.job.plugins != "seem"]
     assert [row.over_convolutions for row in others] == [None] * 6
+
+
+def test_a_control_that_is_not_done_is_not_replaced(leave: Leave, tmp_path: Path) -> None:
+    leave(BASE, tuning="full")
+    leave(None, tuning="lora")
+    leave(better(0.4), plugins="seem", tuning="lora")
+    assert row_of(one(tmp_path), "seem", "lora").over_control is None
+
+
+def test_of_controls_that_would_do_it_is_the_one_with_the_same_weights(leave: Leave, tmp_path: Path) -> None:
+    for weight, by in ((0.1, 0.0), (1.0, 1.0)):
+        config = {"losses": {"weights": {"pixel": weight}}}
+        leave(better(by), config=config, name=f"none{weight}")
+        leave(better(by + 0.2), plugins="efst", config=config, name=f"efst{weight}")
+    gains = [row.over_control for row in one(tmp_path).rows if row.job.plugins == "efst"]
+    assert [gain and gain.mean for gain in gains] == pytest.approx([0.2, 0.2])
+
+
+def test_an_infinite_psnr_has_no_difference_and_no_deviation(leave: Leave, tmp_path: Path) -> None:
+    """A black clip, restored exactly."""
+    black, grey = BASE | {"a": float("inf")}, BASE
+    for seed, (plain, with_seem) in enumerate(((black, grey), (grey, black))):
+        leave(plain, seed=seed)
+        leave(with_seem, plugins="seem", seed=seed)
+    row = row_of(one(tmp_path), "seem")
+    assert (row.over_control, row.deviations) == (None, None)
+
+
+def test_the_verdict_holds_over_the_seeds_that_both_have(leave: Leave, tmp_path: Path) -> None:
+    leave(better(5.0), seed=0)
+    leave(better(-9.0), seed=1)
+    leave(better(4.0), plugins="efst", seed=0)
+    verdict = notes(one(tmp_path))[1]
+    assert verdict == (
+        "edvr: no row is best. #2 has the highest mean, but -1.000 [-1.000, -1.000] dB over the seeds that #1 has, too."
+    )

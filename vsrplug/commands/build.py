@@ -73,7 +73,7 @@ def command(config: str, run: Callable[[DictConfig], Any]) -> None:
         sweep.check_installed(sys.argv[1:])
     except ImportError as error:
         raise SystemExit(f"vsrplug {config}: {error}") from None
-    sys.argv[1:] = sweep.name_folders(sys.argv[1:])
+    sys.argv[1:] = sweep.name_folders(sys.argv[1:], config)
     application()
 
 

@@ -70,6 +70,8 @@ def report(
 
         trained = network is model and any(p.requires_grad for p in model.parameters())
         key = sweep.key_of(cfg, masks=source is not None)
+        if name != "bicubic":
+            key |= sweep.made_with(cfg, plugins=network is model)
         reports[name], pictures[name] = measure() if trained else sweep.measured_once(key, network, measure)
     final = list(reports.values())[-1]
     figures = final.to_dict() | {

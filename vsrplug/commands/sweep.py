@@ -56,7 +56,7 @@ def check_installed(arguments: Sequence[str]) -> None:
                     raise ImportError(f"{argument} needs {name}; install it: pip install 'vsrplug[sweeps]'") from None
 
 
-def name_folders(arguments: list[str]) -> list[str]:
+def name_folders(arguments: list[str], command: str = "train") -> list[str]:
     """The command line of a sweep with its folder named after it, so that the same command goes on there, and each
     job's after what is swept.
 
@@ -65,7 +65,8 @@ def name_folders(arguments: list[str]) -> list[str]:
     if not {"-m", "--multirun"} & set(arguments) or any(a.startswith("hydra.sweep.dir=") for a in arguments):
         return arguments
     choices = [a for a in arguments if not a.startswith(("-", "hydra"))]
-    folder = "hydra.sweep.dir='${paths.runs}/sweeps/" + build.folder_name(",".join(choices)) + "'"
+    name = ",".join(choices if command == "train" else [command, *choices])  # which leave the same files
+    folder = "hydra.sweep.dir='${paths.runs}/sweeps/" + build.folder_name(name) + "'"
     try:
         given = OverridesParser.create().parse_overrides(choices)
     except HydraException:  # which Hydra itself will report
@@ -166,6 +167,25 @@ def finished(cfg: DictConfig, folder: Path) -> float | None:
         return None
 
 
+def start(cfg: DictConfig, folder: Path) -> bool:
+    """Make a job's folder ready: what it holds of an earlier start must not be taken for this one's.
+
+    An earlier error is removed. Figures and a checkpoint of another configuration are kept under other names.
+
+    Returns:
+        Whether there was such a checkpoint.
+    """
+    (folder / FAILED).unlink(missing_ok=True)
+    if (folder / "metrics.json").exists():
+        (folder / "metrics.json").replace(folder / "metrics.before.json")
+    begun, checkpoint = folder / "job.json", folder / "checkpoints" / "last.ckpt"
+    other = checkpoint.exists() and begun.exists() and json.loads(begun.read_text()).get("job") != digest(cfg)
+    if other:
+        checkpoint.replace(checkpoint.with_name("before.ckpt"))
+    build.write_json({"job": digest(cfg)}, begun)
+    return other
+
+
 def mark_failed(folder: Path, error: BaseException, message: str) -> None:
     """Leave `failed.json` with the error and the job's choices in its folder."""
     text = "".join(traceback.format_exception(error))
@@ -228,3 +248,12 @@ def key_of(cfg: DictConfig, masks: bool) -> dict[str, Any]:
         "data": str(cfg.paths.data),
         "python": sys.version,
     }
+
+
+def made_with(cfg: DictConfig, plugins: bool) -> dict[str, Any]:
+    """What a network was made with, some of which its weights do not tell, such as a threshold."""
+    made: dict[str, Any] = {"backbone": {k: v for k, v in build.as_plain(cfg.backbone).items() if k != "path"}}
+    if plugins:
+        file = Path(cfg.plugins_file).read_bytes() if cfg.get("plugins_file") else b""
+        made |= {"plugins": build.as_plain(cfg.plugins), "file": hashlib.blake2b(file, digest_size=12).hexdigest()}
+    return made

@@ -48,7 +48,8 @@ def run(cfg: DictConfig) -> float:
         if done is not None:
             console.print(f"Done before: {folder}", soft_wrap=True)
             return done
-        (folder / sweep.FAILED).unlink(missing_ok=True)
+        if sweep.start(cfg, folder):
+            console.print(f"Starts afresh, since it was begun with another configuration: {folder}", soft_wrap=True)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.make_model(cfg)
     first = deepcopy(model.backbone)

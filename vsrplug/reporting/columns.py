@@ -12,6 +12,7 @@ from .jobs import Job
 from .rows import Row, Section
 
 NONE = "-"
+ENOUGH = 6  # clips: with fewer, an interval of 95 % would reach beyond all that resampling can give
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,23 @@ def notes(section: Section) -> list[str]:
         "was, frozen. Control, with its number: the same run without plug-ins, or tuning=full where the tuning trains "
         "plug-ins alone."
     ]
+    clips = min((len(figures.clips) for row in section.rows for figures in row.figures), default=0)
+    if 1 < clips < ENOUGH:
+        lines[0] += (
+            f" Of {clips} clips no resampling leaves more than their spread: it holds the mean of all clips that there "
+            f"could be {1 - 0.5 ** (clips - 1):.0%} of the time at best."
+        )
     if any(row.over_convolutions for row in section.rows):
         lines[0] += " Convolutions, with their number: residual_convolutions of as many parameters, within 5 %."
     for backbone, verdict in section.verdicts.items():
         leader, rival, lead = verdict.leader.number, verdict.rival.number, gain_text(verdict.lead)
         if verdict.sure:
             lines.append(f"{backbone}: #{leader} is best; of the others #{rival} comes closest, {lead} dB behind it.")
+        elif verdict.lead.mean <= 0:
+            lines.append(
+                f"{backbone}: no row is best. #{leader} has the highest mean, but {lead} dB over the seeds that "
+                f"#{rival} has, too."
+            )
         else:
             why = "the interval has zero in it" if verdict.lead.interval else "there is no interval"
             lines.append(f"{backbone}: no row is best. #{leader} is ahead of #{rival} by {lead} dB, but {why}.")

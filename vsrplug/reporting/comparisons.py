@@ -50,13 +50,16 @@ def over_control(row: Row, rows: list[Row], how: Resampling) -> tuple[Gain | Non
     plain = [other for other in rows if other.job.plugins == "none" and other.job.backbone == row.job.backbone]
     alike = [other for other in plain if other.job.tuning == row.job.tuning]
     ignored: tuple[str, ...] = WITH_PLUGINS
-    if row.job.tuning == "plugins_only" or (alike and not any(other.trained for other in alike)):
+    if row.job.tuning == "plugins_only" or (
+        alike and all(other.figures for other in alike) and not any(other.trained for other in alike)
+    ):
         alike = [other for other in plain if other.job.tuning == "full"]
         ignored = (*WITH_PLUGINS, "tuning")
     differing = {other.number: _differing(row, other, ignored) for other in alike if other.trained and other.job.known}
     if not differing:
         return None, []
-    nearest = min(differing, key=lambda number: len(differing[number]))
+    others = {other.number: len(_differing(row, other, ("plugins", "tuning"))) for other in alike}
+    nearest = min(differing, key=lambda number: (len(differing[number]), others[number]))
     if differing[nearest]:
         return None, differing[nearest]
     gain = between(row, next(other for other in alike if other.number == nearest), how)

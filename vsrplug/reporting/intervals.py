@@ -101,7 +101,7 @@ def paired(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], how
     """
     if not pairs or any(set(one) != set(pairs[0][0]) for pair in pairs for one in pair):
         return None
-    clips = {clip: fmean(first[clip] - second[clip] for first, second in pairs) for clip in pairs[0][0]}
-    if not all(map(isfinite, clips.values())):
+    if not all(isfinite(value) for pair in pairs for one in pair for value in one.values()):
         return None
+    clips = {clip: fmean(first[clip] - second[clip] for first, second in pairs) for clip in pairs[0][0]}
     return Gain(fmean(clips.values()), clips, how.interval(list(clips.values())))

@@ -89,16 +89,18 @@ def read_jobs(folder: Path) -> list[Job]:
 
 
 def _read_job(folder: Path, top: Path) -> Job:
-    overrides = tuple(_load(folder / ".hydra" / "overrides.yaml") or ())
-    config = _load(folder / ".hydra" / "config.yaml") or {}
-    choices = ((_load(folder / ".hydra" / "hydra.yaml") or {}).get("hydra") or {}).get("runtime", {}).get("choices", {})
+    given = _load(folder / ".hydra" / "overrides.yaml")
+    overrides = tuple(map(str, given)) if isinstance(given, list) else ()
+    config = _mapping(_load(folder / ".hydra" / "config.yaml"))
+    hydra = _mapping(_load(folder / ".hydra" / "hydra.yaml"))
+    choices = _mapping(hydra, "hydra", "runtime", "choices")
     state: State = "not finished"
     figures, error, traceback, end = None, "", "", folder
-    if (folder / "metrics.json").exists():
+    if (folder / "metrics.json").exists() and not _newer(folder / "failed.json", folder / "metrics.json"):
         end = folder / "metrics.json"
         written = _json(end)
-        choices = choices or written.get("choices", {})
-        if "pruned" in written:
+        choices = choices or _mapping(written, "choices")
+        if "pruned" in written and "psnr" in written:
             state, error = "pruned", f"at step {written['pruned']}, with {written['psnr']:.3f} dB"
         else:
             try:
@@ -109,7 +111,7 @@ def _read_job(folder: Path, top: Path) -> Job:
     elif (folder / "failed.json").exists():
         end, state = folder / "failed.json", "failed"
         failure = _json(end)
-        choices = choices or failure.get("choices", {})
+        choices = choices or _mapping(failure, "choices")
         error, traceback = str(failure.get("error", "failed.json cannot be read")), str(failure.get("traceback", ""))
     chosen = {group: str(option) for group, option in choices.items()}
     words = chosen | _assigned(overrides)
@@ -124,7 +126,7 @@ def _read_job(folder: Path, top: Path) -> Job:
         plugins=_joined(words.get("plugins", "")) or _joined(attached) or "none",
         tuning=words.get("tuning", "-"),
         protocol=figures.protocol if figures else settings.get("protocol.name", words.get("protocol", "-")),
-        seed=None if seed is None else int(seed),
+        seed=_number(seed),
         overrides=overrides,
         words={group: words[group] for group in grouped if words[group] not in ("None", "null")},
         settings=_kept(settings),
@@ -140,14 +142,15 @@ def _not_started(sweep: Path, begun: list[Job]) -> list[Job]:
     """A job that lacks only the seed of another has the other's configuration; of the rest only the words are known."""
     kin = {frozenset(_unseeded(job.overrides)): job for job in reversed(begun)}
     there = {frozenset(job.overrides) for job in begun}
-    config = _load(sweep) or {}
-    hydra: Mapping[str, Any] = config.get("hydra") or {}
-    chosen = {group: str(option) for group, option in hydra.get("runtime", {}).get("choices", {}).items()}
+    config = _mapping(_load(sweep))
+    hydra = _mapping(config, "hydra")
+    chosen = {group: str(option) for group, option in _mapping(hydra, "runtime", "choices").items()}
     jobs = []
     for overrides in planned(hydra):
         if frozenset(overrides) in there:
             continue
-        words = chosen | _assigned(overrides)
+        assigned = _assigned(overrides)
+        words = (dict.fromkeys(COLUMNS, "-") if "experiment" in assigned else chosen) | assigned  # which it may change
         seed = words.get("seed", config.get("seed"))
         missing = Job(
             name=" ".join(overrides),
@@ -156,9 +159,9 @@ def _not_started(sweep: Path, begun: list[Job]) -> list[Job]:
             plugins=_joined(words.get("plugins", "")) or "none",
             tuning=words.get("tuning", "-"),
             protocol=words.get("protocol", "-"),
-            seed=int(seed) if seed is not None and str(seed).lstrip("-").isdigit() else None,
+            seed=_number(seed),
             overrides=overrides,
-            settings=_kept({k: word for k, word in _assigned(overrides).items() if k not in (*chosen, *COLUMNS)}),
+            settings=_kept({key: word for key, word in assigned.items() if key not in COLUMNS}),
             known=False,
         )
         twin = kin.get(frozenset(_unseeded(overrides)))
@@ -184,7 +187,7 @@ def _kept(settings: Mapping[str, str]) -> dict[str, str]:
 
 def _joined(plugins: str) -> str:
     """`[seem,memory_bank]` -> `seem + memory_bank`."""
-    names = [name.strip() for name in plugins.strip("[]").split(",")]
+    names = [name.strip(" '\"") for name in plugins.strip("[]").split(",")]
     return " + ".join(name for name in names if name not in ("", "none", "None"))
 
 
@@ -194,6 +197,21 @@ def _flat(tree: Any, path: str = "") -> Iterable[tuple[str, str]]:
             yield from _flat(value, f"{path}.{key}" if path else str(key))
     elif path:
         yield path, str(tree)
+
+
+def _newer(path: Path, other: Path) -> bool:
+    return path.exists() and path.stat().st_mtime > other.stat().st_mtime
+
+
+def _number(seed: Any) -> int | None:
+    return int(seed) if str(seed).lstrip("-").isdigit() else None
+
+
+def _mapping(tree: Any, *keys: str) -> dict[str, Any]:
+    """The mapping under the keys; empty where a file that was cut short has something else there."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return dict(tree) if isinstance(tree, Mapping) else {}
 
 
 def _load(path: Path) -> Any:

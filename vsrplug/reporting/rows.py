@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from statistics import fmean, stdev
 
 from .figures import Figures
@@ -59,8 +60,8 @@ class Row:
 
     @property
     def deviations(self) -> tuple[float, float] | None:
-        """Standard deviations over seeds of PSNR and SSIM; None where nothing learned, or of a single seed."""
-        if not self.trained or len(self.figures) < 2:
+        """Standard deviations over seeds of PSNR and SSIM; None where nothing learned, of one seed, or if infinite."""
+        if not self.trained or len(self.figures) < 2 or not all(isfinite(f.psnr) for f in self.figures):
             return None
         return stdev(f.psnr for f in self.figures), stdev(f.ssim for f in self.figures)
 

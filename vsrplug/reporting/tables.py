@@ -124,6 +124,7 @@ def _line_of(cells: Iterable[str]) -> str:
 def _escape(text: str) -> str:
     marks: Mapping[str, str] = {
         "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+        "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
         **{mark: f"\\{mark}" for mark in "&%$#_{}"},
     }  # fmt: skip
     escaped = "".join(marks.get(letter, letter) for letter in text)
