@@ -11,8 +11,9 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from string import Template
 from typing import Any
 from xml.etree import ElementTree
 
@@ -40,11 +41,23 @@ PYTHON = [
     for page, text in PAGES.items()
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]
+
+
+def commands(block: str) -> Iterator[str]:
+    """The lines of a block, with the variables that earlier ones set."""
+    variables: dict[str, str] = {}
+    for line in block.replace("\\\n", " ").splitlines():
+        expanded = Template(line).safe_substitute(variables)
+        if assigned := re.fullmatch(r"(\w+)=(\S*)", expanded):
+            variables[assigned[1]] = assigned[2]
+        yield expanded
+
+
 COMMANDS = [
     line
     for text in PAGES.values()
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
+    for line in commands(block)
 ]
 OWN = "--config-dir my_conf"  # a folder of the reader's, whose files the pages show
 REFERENCE = ("core", "plugins", "backbones", "training", "data", "evaluation")
