@@ -252,8 +252,10 @@ def key_of(cfg: DictConfig, masks: bool) -> dict[str, Any]:
 
 def made_with(cfg: DictConfig, plugins: bool) -> dict[str, Any]:
     """What a network was made with, some of which its weights do not tell, such as a threshold."""
-    made: dict[str, Any] = {"backbone": {k: v for k, v in build.as_plain(cfg.backbone).items() if k != "path"}}
+    plain = build.as_plain(cfg)
+    made: dict[str, Any] = {"backbone": {key: value for key, value in plain["backbone"].items() if key != "path"}}
     if plugins:
-        file = Path(cfg.plugins_file).read_bytes() if cfg.get("plugins_file") else b""
-        made |= {"plugins": build.as_plain(cfg.plugins), "file": hashlib.blake2b(file, digest_size=12).hexdigest()}
+        file = plain.get("plugins_file")
+        content = hashlib.blake2b(Path(file).read_bytes() if file else b"", digest_size=12).hexdigest()
+        made |= {"plugins": plain.get("plugins"), "file": content}
     return made
