@@ -215,6 +215,8 @@ def test_the_frozen_baseline_is_measured_and_not_trained(
     assert not (tmp_path / "checkpoints").exists()
     assert not list(tmp_path.glob("*.safetensors"))
     assert "Nothing to train" in capsys.readouterr().err
+    vsrplug("train", *tiny["train"], "backbone=basicvsr_tiny", f"hydra.run.dir={tmp_path / 'shipped'}")
+    assert "has no weights" not in capsys.readouterr().err
 
 
 def test_a_sweep_gives_every_combination_a_folder_of_its_own(

@@ -57,7 +57,8 @@ def run(cfg: DictConfig) -> float:
     module = make_module(cfg, model, protocol)
     console.print(summary(model))
     learns = build.make(cfg.tuning).trained(model)  # in one phase or another
-    if cfg.backbone.get("path", "") is None and not any(name.startswith("backbone.") for name in learns):
+    complete = cfg.backbone.get("name") in ("basicvsr_tiny", "bicubic") or cfg.backbone.get("path", "") is not None
+    if not complete and not any(name.startswith("backbone.") for name in learns):
         console.print("The backbone has no weights and does not learn: give backbone.path=FILE, or another tuning.")
     more: dict[str, Any] = {}
     more["parameters"] = build.count_parameters(model) | {"trainable": module.trainable}  # in one phase or another
