@@ -118,6 +118,10 @@ class EMA(WeightAveraging):
 
         super().__init__(avg_fn=average)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that goes on from its last step does not train, so Lightning never comes to the end of training."""
+        self._copy_average_to_current(pl_module)
+
 
 def _figures(trainer: Trainer) -> str:
     """Losses and metrics by the last part of their names."""

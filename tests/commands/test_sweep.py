@@ -56,13 +56,14 @@ def test_a_sweep_killed_twice_ends_with_the_figures_of_an_undisturbed_one(
     arguments = ["train", "-m", "plugins=none,memory_bank,efst", "tuning=plugins_only,full", "seed=0,1"]
     arguments += [*tiny["train"], "trainer.max_steps=4"]
 
-    def run(folder: str, kill_after: float | None = None) -> str:
+    def run(folder: str, kill_after: int | None = None) -> str:
+        """Killed at a random moment of the next second, once so many jobs are done."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "VSRPLUG_RUNS": str(tmp_path / folder), "COLUMNS": "200"}
         running = subprocess.Popen([*COMMAND, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
         if kill_after is not None:
-            while len(figures(tmp_path / folder)) < 2 and running.poll() is None:
+            while len(figures(tmp_path / folder)) < kill_after and running.poll() is None:
                 time.sleep(0.05)
-            time.sleep(kill_after)
+            time.sleep(random.SystemRandom().uniform(0, 1))
             running.send_signal(signal.SIGKILL)
         errors = running.communicate()[1]
         assert running.returncode == (0 if kill_after is None else -signal.SIGKILL), errors
@@ -73,13 +74,13 @@ def test_a_sweep_killed_twice_ends_with_the_figures_of_an_undisturbed_one(
     kinds = [f"plugins={p},seed={s},tuning={t}" for p in ("none", "memory_bank", "efst") for s in (0, 1)
              for t in ("plugins_only", "full")]  # fmt: skip
     assert sorted(whole) == sorted(kinds)
-    chance = random.SystemRandom()
-    run("killed", chance.uniform(0, 3))
-    before = figures(tmp_path / "killed")
-    assert 2 <= len(before) < 12
-    run("killed", chance.uniform(0, 3))
+    run("killed", 2)
+    before = len(figures(tmp_path / "killed"))
+    assert 2 <= before < 12
+    run("killed", before + 1)  # not before it works: starting takes seconds
+    before = len(figures(tmp_path / "killed"))
     errors = run("killed")
-    assert errors.count("Done before: ") >= len(before)
+    assert errors.count("Done before: ") >= before
     assert figures(tmp_path / "killed") == whole
     assert "Done before" in run("killed")
     tables = {}
