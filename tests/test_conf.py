@@ -18,6 +18,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from vsrplug import backbones, conf
 from vsrplug.commands import build
+from vsrplug.commands.errors import describe_error
+from vsrplug.commands.keys import check_keys
 from vsrplug.corrupted import BICompression, BINoise
 from vsrplug.degradations import BD, BDDUF, BI, STVUN
 from vsrplug.plugged import attach
@@ -100,7 +102,7 @@ def test_every_option_is_a_call_with_the_constructors_names_and_defaults(choice:
     group = choice.partition("=")[0]
     others = [] if group in ("backbone", "experiment") else [UNTRAINED]
     cfg = composed("train", choice, *others, *needed(choice))
-    build.check_keys(cfg, "train")
+    check_keys(cfg, "train")
     for call in calls(cfg):
         given = {key: value for key, value in call.items() if not key.startswith("_")}
         parameters = dict(inspect.signature(hydra.utils.get_method(call._target_)).parameters)
@@ -209,7 +211,7 @@ def test_every_data_source_is_made(option: str, needed: Any, tmp_path: Path) -> 
     else:  # the message of the source itself: there is no such data here
         with pytest.raises(InstantiationException) as caught:
             build.make(cfg.data)
-        text = build.describe_error(caught.value)
+        text = describe_error(caught.value)
         folder = option.removesuffix("_train").removesuffix("_val")
         assert ("holds no video files" if option == "video" else f"there is no folder {tmp_path}/{folder}") in text
 
@@ -232,7 +234,7 @@ def test_trainer_callbacks_loggers_and_optimizers_are_made(tmp_path: Path) -> No
 
 def test_entries_set_to_null_are_left_out() -> None:
     cfg = composed("train", UNTRAINED, "plugins=[seem,memory_bank]", "plugins.seem=null", "callbacks.rate=null")
-    build.check_keys(cfg, "train")
+    check_keys(cfg, "train")
     assert list(build.make_model(cfg).plugins) == ["memory_bank"]
     assert "rate" not in build.make_each(cfg.callbacks)
 
@@ -240,10 +242,10 @@ def test_entries_set_to_null_are_left_out() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_knows_its_own_keys(command: str) -> None:
     cfg = composed(command, UNTRAINED)
-    build.check_keys(cfg, command)
+    check_keys(cfg, command)
     cfg["protocoll"] = 1
     with pytest.raises(ValueError, match="there is no configuration key 'protocoll'"):
-        build.check_keys(cfg, command)
+        check_keys(cfg, command)
 
 
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group in ("experiment", "search") for name in options(group)])

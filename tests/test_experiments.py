@@ -18,6 +18,8 @@ from PIL import Image
 import vsrplug.conf
 from vsrplug.backbones import BasicVSR
 from vsrplug.commands import build, train
+from vsrplug.commands.errors import describe_error
+from vsrplug.commands.keys import check_keys
 
 ROOT = Path(vsrplug.conf.__file__).parent / "experiment"
 EDVR = ("reference", "fused", "reconstructed")  # eq. 8, 9
@@ -73,7 +75,7 @@ def composed(folder: Path, *overrides: str) -> DictConfig:
         cfg.hydra.runtime.output_dir = str(folder)
         HydraConfig.instance().set_config(cfg)
         del cfg["hydra"]
-    build.check_keys(cfg, "train")
+    check_keys(cfg, "train")
     return cfg
 
 
@@ -134,7 +136,7 @@ def test_weights_that_are_not_there_are_missed_before_anything_else(tmp_path: Pa
     cfg = composed(tmp_path, "experiment=seem/table1_edvr_seem", f"paths.weights={tmp_path}", f"paths.data={tmp_path}")
     with pytest.raises(InstantiationException) as caught:
         train.run(cfg)
-    text = build.describe_error(caught.value)
+    text = describe_error(caught.value)
     assert f"there is no weights file {tmp_path}/EDVR_M_x4_SR_REDS_official-32075921.pth; official ones are" in text
     assert "BasicSR's docs/ModelZoo.md" in text
     assert "backbone.path=" in text

@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vsrplug.commands import build, main
+from vsrplug.commands import main
+from vsrplug.commands.keys import check_keys
 
 Job = Callable[..., DictConfig]
 
@@ -41,7 +42,7 @@ def job() -> Job:
             cfg.hydra.runtime.output_dir = str(folder)
             HydraConfig.instance().set_config(cfg)
             del cfg["hydra"]
-        build.check_keys(cfg, command)
+        check_keys(cfg, command)
         return cfg
 
     return composed

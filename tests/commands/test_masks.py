@@ -22,7 +22,8 @@ from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
 from vsrplug import conf
-from vsrplug.commands import build, main, masks
+from vsrplug.commands import main, masks
+from vsrplug.commands.keys import check_keys
 from vsrplug.data import FrameFolder
 from vsrplug.masks import CachedMasks, Superpixels
 from vsrplug.masks.cache_file import CacheFile
@@ -287,8 +288,8 @@ def test_every_source_is_a_call_with_the_constructors_names_and_defaults(source:
         assert value == default or value in otherwise, name
     with hydra.initialize_config_module("vsrplug.conf", version_base="1.3"):
         cfg = hydra.compose("masks", [f"source={source}", "checkpoint=sam.pth"])
-    build.check_keys(cfg, "masks")
+    check_keys(cfg, "masks")
     with open_dict(cfg):
         cfg.source.points = 8
     with pytest.raises(ValueError, match="there is no argument 'points'"):
-        build.check_keys(cfg, "masks")
+        check_keys(cfg, "masks")

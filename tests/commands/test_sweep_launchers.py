@@ -303,12 +303,10 @@ def test_what_is_not_installed_is_named(
     message = f"vsrplug train: {argument} needs {package}; install it: pip install 'vsrplug[sweeps]'"
     with pytest.raises(SystemExit, match=f"^{re.escape(message)}$"):
         vsrplug("train", "-m", argument)
-    sweep.check_installed(["-m", "search=null", "plugins=none", "hydra/launcher=basic"])
+    sweep.check(["-m", "search=null", "plugins=none", "hydra/launcher=basic"], "train")
 
 
-def test_every_kind_of_error_in_a_job_is_marked(
-    vsrplug: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_kind_of_error_in_a_job_is_marked(vsrplug: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake in somebody's plug-in is no ValueError, and stops its own job all the same."""
     seen: Counter[int] = Counter()
 
@@ -325,6 +323,5 @@ def test_every_kind_of_error_in_a_job_is_marked(
     assert failed.parent.name == "seed=0"
     assert json.loads(failed.read_text())["error"].startswith("division by zero")
     assert seen == {0: 1, 1: 1}
-    with pytest.raises(SystemExit):
+    with pytest.raises(ZeroDivisionError):  # no line of ours: it is a mistake in code
         vsrplug("train", "seed=0")
-    assert "in run\n    raise ZeroDivisionError" in capsys.readouterr().err  # no line of ours: it is a mistake in code

@@ -7,13 +7,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from vsrplug.commands import build, train
+from vsrplug.commands.application import command
 from vsrplug.plugged import attach
 from vsrplug.plugin_files import load_plugins
 
 
 def main() -> None:
     """Entry point of `vsrplug demo`."""
-    build.command("demo", run)
+    command("demo", run)
 
 
 def run(cfg: DictConfig) -> float:

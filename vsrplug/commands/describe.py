@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vsrplug.commands import build
+from vsrplug.commands.application import command
 from vsrplug.context import Context
 from vsrplug.cost import Flops, count_flops, dry_step, example, state_bytes
 from vsrplug.plugged import PluggedModel
@@ -26,7 +27,7 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 def main() -> None:
     """Entry point of `vsrplug describe`."""
-    build.command("describe", run)
+    command("describe", run)
 
 
 def run(cfg: DictConfig) -> None:

@@ -7,12 +7,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from vsrplug.commands import build
+from vsrplug.commands.application import command
 from vsrplug.commands.outcome import report
 
 
 def main() -> None:
     """Entry point of `vsrplug evaluate`."""
-    build.command("evaluate", run)
+    command("evaluate", run)
 
 
 def run(cfg: DictConfig) -> float:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import Tensor
 
 from vsrplug.commands import build
+from vsrplug.commands.application import command
 from vsrplug.commands.upscale import Rate
 from vsrplug.data.clip import Clip
 from vsrplug.degradations import crop_to_multiple
@@ -34,7 +35,7 @@ PREVIEWED = 6  # clips
 
 def main() -> None:
     """Entry point of `vsrplug masks`."""
-    build.command("masks", run)
+    command("masks", run)
 
 
 def run(cfg: DictConfig) -> None:

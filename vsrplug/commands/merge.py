@@ -7,12 +7,13 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from vsrplug.commands import build
+from vsrplug.commands.application import command
 from vsrplug.merging import check_layout, save_merged
 
 
 def main() -> None:
     """Entry point of `vsrplug merge`."""
-    build.command("merge", run)
+    command("merge", run)
 
 
 def run(cfg: DictConfig) -> None:

@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from vsrplug.commands import build
+from vsrplug.commands.application import command
 from vsrplug.data.clip import Clip
 
 Flow = Callable[[Tensor, Tensor], Tensor]  # (b, 3, h, w), (b, 3, h, w) -> (b, 2, h, w) in pixels
@@ -19,7 +20,7 @@ Flow = Callable[[Tensor, Tensor], Tensor]  # (b, 3, h, w), (b, 3, h, w) -> (b, 2
 
 def main() -> None:
     """Entry point of `vsrplug motion`."""
-    build.command("motion", run)
+    command("motion", run)
 
 
 def run(cfg: DictConfig) -> None:

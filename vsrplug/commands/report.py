@@ -10,16 +10,17 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vsrplug.commands import build
+from vsrplug.commands.application import command
 from vsrplug.reporting import Resampling, csv_table, latex, markdown, page, read_jobs, rich_table, sections
 from vsrplug.reporting.columns import counts, notes
 
 
 def main() -> None:
-    """Entry point of `vsrplug report`; the first word may be the folder alone."""
-    if len(sys.argv) > 1 and _is_folder(sys.argv[1]):
-        sys.argv[1] = "folder='" + sys.argv[1].replace("'", "\\'") + "'"
-    build.command("report", run)
+    """Entry point of `vsrplug report`; a word may be the folder alone."""
+    for i, word in enumerate(sys.argv[1:], 1):
+        if _is_folder(word):
+            sys.argv[i] = "folder='" + word.replace("'", "\\'") + "'"
+    command("report", run)
 
 
 def run(cfg: DictConfig) -> None:

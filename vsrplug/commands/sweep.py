@@ -32,6 +32,7 @@ from vsrplug.plugged import digests
 from vsrplug.plugin_files import write_safetensors
 
 FAILED = "failed.json"
+SWEPT = ("train", "evaluate")  # commands that `-m` runs many times
 _PLACE: list[FileLock] = []  # among the processes that run jobs side by side; kept for as long as this one lives
 _NEEDED = {  # beginnings of arguments -> what they need
     "hydra/launcher=joblib": "hydra-joblib-launcher",
@@ -41,19 +42,22 @@ _NEEDED = {  # beginnings of arguments -> what they need
 }
 
 
-def check_installed(arguments: Sequence[str]) -> None:
-    """Check that what a command line asks for is there, since Hydra's own error does not say where to get it.
+def check(arguments: Sequence[str], command: str) -> None:
+    """Check what Hydra's own errors would not explain.
 
     Raises:
-        ImportError: a launcher or a sweeper that is not installed.
+        SystemExit: a sweep of a command that has none, or with a launcher or a sweeper that is not installed.
     """
+    if command not in SWEPT and {"-m", "--multirun"} & set(arguments):
+        raise SystemExit(f"vsrplug {command}: -m is for {' and '.join(SWEPT)}; leave it out")
     for argument in arguments:
         for beginning, name in _NEEDED.items():
             if argument.startswith(beginning) and argument != "search=null":
                 try:
                     distribution(name)
                 except PackageNotFoundError:
-                    raise ImportError(f"{argument} needs {name}; install it: pip install 'vsrplug[sweeps]'") from None
+                    text = f"{argument} needs {name}; install it: pip install 'vsrplug[sweeps]'"
+                    raise SystemExit(f"vsrplug {command}: {text}") from None
 
 
 def name_folders(arguments: list[str], command: str = "train") -> list[str]:

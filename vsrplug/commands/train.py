@@ -15,6 +15,7 @@ from rich.console import Console
 
 from vsrplug.adversarial import AdversarialModule
 from vsrplug.commands import build, sweep
+from vsrplug.commands.application import command
 from vsrplug.commands.describe import summary
 from vsrplug.commands.outcome import report
 from vsrplug.cost import count_flops, example
@@ -30,7 +31,7 @@ CHECKPOINT = "checkpoints/last.ckpt"
 
 def main() -> None:
     """Entry point of `vsrplug train`."""
-    build.command("train", run)
+    command("train", run)
 
 
 def run(cfg: DictConfig) -> float:

@@ -29,6 +29,7 @@ from torch import nn
 
 from vsrplug import __version__
 from vsrplug.commands import build
+from vsrplug.commands.application import command
 from vsrplug.data.frame_folder import FrameFolder
 from vsrplug.data.frame_writer import FrameWriter
 from vsrplug.data.video_file import VideoFile
@@ -45,7 +46,7 @@ MULTIPLE = r"x(\d+)"
 
 def main() -> None:
     """Entry point of `vsrplug upscale`."""
-    build.command("upscale", run)
+    command("upscale", run)
 
 
 def run(cfg: DictConfig) -> None:
