@@ -286,9 +286,9 @@ def test_folders_of_a_sweep_have_names_for_people(overrides: str, name: str) -> 
 
 
 def test_long_names_are_cut_and_kept_apart() -> None:
-    names = {build.folder_name("a=" + "x" * 200 + last) for last in "12"}
-    assert len(names) == 2
-    assert all(len(name) < 110 for name in names)
+    names = {build.folder_name("a=" + letter * 200 + last) for letter in "x字" for last in "12"}
+    assert len(names) == 4
+    assert all(len(name.encode()) < 110 for name in names)
 
 
 def test_written_figures_are_strict_json(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vsrplug.site import unknown_name
 
+SHIPPED = ("basicvsr_tiny",)  # networks whose weights lie in the package
 WRAPPERS = ("params_ema", "params", "state_dict")  # BasicSR, BasicSR, mmagic and Lightning; the first present is read
 # prefix of a network's entries in a checkpoint -> what else such a checkpoint holds, which is not the network
 BESIDE = {
@@ -125,8 +126,8 @@ def load_backbone(name: str, path: str | Path | None = None, *, strict: bool = T
     if name not in backbones.NETWORKS:
         raise ValueError(unknown_name("backbone", name, backbones.NETWORKS))
     network = backbones.NETWORKS[name](**kwargs)
-    if path is None and name == "basicvsr_tiny":
-        path = Path(backbones.__file__).with_name("basicvsr_tiny.safetensors")
+    if path is None and name in SHIPPED:
+        path = Path(backbones.__file__).with_name(f"{name}.safetensors")
         if not path.exists():
             raise FileNotFoundError(
                 f"this installation lacks {path}; install vsrplug again, or train it: vsrplug train experiment={name}"

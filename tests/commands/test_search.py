@@ -15,7 +15,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 
-from vsrplug.commands import build, sweep, train
+from vsrplug.commands import build, jobs, train
 
 Run = Callable[..., Any]
 SITES = ["[fused]", "[backward_output,forward_output]", "[backward_output,forward_output,fused]"]
@@ -41,7 +41,7 @@ def test_a_search_tries_what_optuna_would_and_goes_on_after_a_kill(
 
     def run(cfg: DictConfig) -> float:
         nonlocal left
-        done = sweep.finished(cfg, build.output_dir())
+        done = jobs.finished(cfg, build.output_dir())
         if done is not None:
             return done
         if not left:
@@ -52,7 +52,7 @@ def test_a_search_tries_what_optuna_would_and_goes_on_after_a_kill(
         tried.append(choice)
         if bank.entries == 64:
             raise ValueError("too few")
-        build.write_json({"psnr": figure(*choice), "job": sweep.digest(cfg)}, build.output_dir() / "metrics.json")
+        build.write_json({"psnr": figure(*choice), "job": jobs.digest(cfg)}, build.output_dir() / "metrics.json")
         return figure(*choice)
 
     monkeypatch.setattr(train, "run", run)

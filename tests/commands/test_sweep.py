@@ -21,7 +21,7 @@ import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
-from vsrplug.commands import build, outcome, sweep, train
+from vsrplug.commands import build, jobs, outcome, sweep, train
 from vsrplug.reporting import read_jobs
 
 COMMAND = [sys.executable, "-c", "from vsrplug.commands import main; main()"]
@@ -189,13 +189,13 @@ def test_what_seeds_have_in_common_is_measured_once_and_every_job_has_its_figure
 
 def test_a_job_is_finished_only_with_the_same_configuration(tmp_path: Path, job: Callable[..., DictConfig]) -> None:
     cfg = job("train", tmp_path, "seed=1")
-    assert sweep.finished(cfg, tmp_path) is None
-    build.write_json({"psnr": 31.5, "job": sweep.digest(cfg)}, tmp_path / "metrics.json")
-    assert sweep.finished(cfg, tmp_path) == 31.5
-    assert sweep.finished(job("train", tmp_path, "seed=1", "paths.runs=elsewhere"), tmp_path) == 31.5
-    assert sweep.finished(job("train", tmp_path, "seed=2"), tmp_path) is None
+    assert jobs.finished(cfg, tmp_path) is None
+    build.write_json({"psnr": 31.5, "job": jobs.digest(cfg)}, tmp_path / "metrics.json")
+    assert jobs.finished(cfg, tmp_path) == 31.5
+    assert jobs.finished(job("train", tmp_path, "seed=1", "paths.runs=elsewhere"), tmp_path) == 31.5
+    assert jobs.finished(job("train", tmp_path, "seed=2"), tmp_path) is None
     (tmp_path / "metrics.json").write_text("{")
-    assert sweep.finished(cfg, tmp_path) is None
+    assert jobs.finished(cfg, tmp_path) is None
 
 
 def test_a_job_of_another_configuration_is_not_taken_for_this_one(
@@ -208,7 +208,8 @@ def test_a_job_of_another_configuration_is_not_taken_for_this_one(
     for rate in ("1e-3", "5e-2"):
         vsrplug(*command, f"optim.optimizer.lr={rate}")
         weights.append(load_file(runs / "job" / "plugins.safetensors"))
-    assert "Starts afresh, since it was begun with another configuration" in capsys.readouterr().err
+    said = f"Starts afresh in {runs / 'job'}, which was begun with other choices: optim.optimizer.lr=0.05 (was 0.001)\n"
+    assert said in capsys.readouterr().err
     assert {file.name for file in (runs / "job" / "checkpoints").iterdir()} == {"before.ckpt", "last.ckpt"}
     alone = ["trainer.max_steps=2", "optim.optimizer.lr=5e-2", f"hydra.run.dir={runs / 'alone'}"]
     vsrplug("train", *tiny["train"], "plugins=memory_bank", "seed=0", *alone)

@@ -175,6 +175,19 @@ def test_the_same_command_in_a_finished_folder_changes_nothing(
     assert tables < {*tuned.glob("csv/*")}  # the first table is still there
 
 
+def test_a_run_that_goes_on_with_other_choices_says_so(
+    tuned: Path, job: Job, tiny: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More steps are a reason to do so; another rate most likely is a mistake."""
+    command = [*tiny["train"], "plugins=memory_bank"]
+    train.run(job("train", tuned, *command, "trainer.max_steps=3"))
+    assert "other choices" not in capsys.readouterr().err
+    train.run(job("train", tuned, *command, "trainer.max_steps=4", "optim.optimizer.lr=0.01"))
+    said = "optim.optimizer.lr=0.01 (was 0.0002), optim.schedule.T_max=4 (was 3), trainer.max_steps=4 (was 3)\n"
+    begun = f"Goes on with the checkpoint of {tuned}, which was begun with other choices: "
+    assert begun + said in capsys.readouterr().err
+
+
 def test_a_folder_of_another_model_is_refused(
     tuned: Path, vsrplug: Callable[..., None], tiny: dict[str, list[str]]
 ) -> None:

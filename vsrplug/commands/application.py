@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vsrplug.commands import sweep
+from vsrplug.commands import jobs, sweep
 from vsrplug.commands.build import output_dir
 from vsrplug.commands.errors import KnownError, describe_error, describe_override_error, remedy
 from vsrplug.commands.help import asked_for, help_text
@@ -45,7 +45,7 @@ def command(config: str, run: Callable[[DictConfig], Any]) -> None:
         except Exception as error:
             message = f"{describe_error(error)}{remedy(cfg, error)}"
             if sweep.in_sweep() and not isinstance(error, InterruptedError):
-                sweep.mark_failed(output_dir(), error, message)
+                jobs.mark_failed(output_dir(), error, message)
                 print(f"vsrplug {config}: {message}\nThe sweep goes on without {output_dir()}", file=sys.stderr)
                 return None  # of a search: a failed trial, which is told apart from a bad one
             if not isinstance(error, KnownError) or full == "1":

@@ -99,13 +99,13 @@ def interactive() -> bool:
 def folder_name(overrides: str) -> str:
     """What a sweep calls the folder of one job: its overrides, fit for a path and for people.
 
-    Cut at 100 characters, where a digest of them all keeps names apart.
+    Cut at 100 bytes, where a digest of them all keeps names apart.
     """
     name = re.sub(r"\[([^]]*)\]", lambda found: found[1].replace(",", "+"), overrides)
     name = re.sub(r"[^\w=,.+-]+", "-", name)
-    if len(name) <= 100:
+    if len(name.encode()) <= 100:
         return name or "defaults"
-    return f"{name[:90]}~{hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()}"
+    return f"{name.encode()[:90].decode(errors='ignore')}~{hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()}"
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from vsrplug.commands import build, crops, sweep
+from vsrplug.commands import build, crops, jobs, sweep
 from vsrplug.degradations import crop_to_multiple
 from vsrplug.evaluation import Report, eval_mode, evaluate, restore
 from vsrplug.metrics import psnr
@@ -76,7 +76,7 @@ def report(
     final = list(reports.values())[-1]
     figures = final.to_dict() | {
         "seed": cfg.seed,
-        "job": sweep.digest(cfg),
+        "job": jobs.digest(cfg),
         "parameters": build.count_parameters(model),
         "versions": build.versions(),
         "choices": build.choices() | {"plugins": ",".join(model.plugins) or "none"},

@@ -1,5 +1,5 @@
-"""What makes a sweep survive: finished jobs are skipped, failed ones marked, what is common is measured once, and jobs
-side by side keep out of each other's folders and GPUs."""
+"""What jobs of a sweep share: folders named after the command, figures measured once, and, side by side, a folder and a
+GPU each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import os
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -31,7 +30,6 @@ from vsrplug.evaluation import Report
 from vsrplug.plugged import digests
 from vsrplug.plugin_files import write_safetensors
 
-FAILED = "failed.json"
 SWEPT = ("train", "evaluate")  # commands that `-m` runs many times
 _PLACE: list[FileLock] = []  # among the processes that run jobs side by side; kept for as long as this one lives
 _NEEDED = {  # beginnings of arguments -> what they need
@@ -153,65 +151,6 @@ def _lock(path: Path) -> FileLock:
     folder = Path(tempfile.gettempdir(), f"vsrplug-locks-{owner}")
     folder.mkdir(exist_ok=True)
     return FileLock(folder / f"{name}.lock")
-
-
-def digest(cfg: DictConfig) -> str:
-    """Of everything that decides a job's result; where its files lie does not."""
-    plain = {key: value for key, value in build.as_plain(cfg).items() if key != "paths"}
-    text = json.dumps(plain, sort_keys=True, default=str).replace(str(build.output_dir()), "")
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def finished(cfg: DictConfig, folder: Path) -> float | None:
-    """The PSNR of a job that was finished in this folder with the same configuration, or None."""
-    try:
-        figures = json.loads((folder / "metrics.json").read_text())
-        return float(figures["psnr"]) if figures.get("job") == digest(cfg) else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def start(cfg: DictConfig, folder: Path) -> bool:
-    """Make a job's folder ready: what it holds of an earlier start must not be taken for this one's.
-
-    An earlier error is removed. Figures and a checkpoint of another configuration are kept under other names.
-
-    Returns:
-        Whether there was such a checkpoint.
-    """
-    (folder / FAILED).unlink(missing_ok=True)
-    if (folder / "metrics.json").exists():
-        (folder / "metrics.json").replace(folder / "metrics.before.json")
-    begun, checkpoint = folder / "job.json", folder / "checkpoints" / "last.ckpt"
-    other = checkpoint.exists() and begun.exists() and json.loads(begun.read_text()).get("job") != digest(cfg)
-    if other:
-        checkpoint.replace(checkpoint.with_name("before.ckpt"))
-    build.write_json({"job": digest(cfg)}, begun)
-    return other
-
-
-def mark_failed(folder: Path, error: BaseException, message: str) -> None:
-    """Leave `failed.json` with the error and the job's choices in its folder."""
-    text = "".join(traceback.format_exception(error))
-    build.write_json({"error": message, "traceback": text, "choices": build.choices()}, folder / FAILED)
-
-
-def mark_pruned(cfg: DictConfig, folder: Path, curve: Mapping[int, float], **more: Any) -> float:
-    """Leave a `metrics.json` that says `pruned`: the PSNR at the step at which a search stopped the job, and no more.
-
-    Args:
-        cfg: the job's configuration.
-        folder: where the file goes.
-        curve: step -> PSNR at the validations.
-        more: for `metrics.json`, as it is.
-
-    Returns:
-        The last PSNR of the curve.
-    """
-    step = max(curve)
-    figures = {"psnr": curve[step], "pruned": step, "protocol": cfg.protocol.name, "seed": cfg.seed, "job": digest(cfg)}
-    build.write_json(figures | {"choices": build.choices()} | more, folder / "metrics.json")
-    return curve[step]
 
 
 def measured_once(

@@ -14,19 +14,18 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from vsrplug.adversarial import AdversarialModule
-from vsrplug.commands import build, sweep
+from vsrplug.commands import build, jobs, sweep
 from vsrplug.commands.application import command
 from vsrplug.commands.describe import summary
 from vsrplug.commands.outcome import report
 from vsrplug.cost import count_flops, example
 from vsrplug.lora import LoRA, base_state
 from vsrplug.module import VSRModule
+from vsrplug.official import SHIPPED
 from vsrplug.plugged import PluggedModel, fingerprint
 from vsrplug.plugin_files import save_plugins, write_safetensors
 from vsrplug.protocols import Protocol
 from vsrplug.pruning import Pruning
-
-CHECKPOINT = "checkpoints/last.ckpt"
 
 
 def main() -> None:
@@ -44,13 +43,12 @@ def run(cfg: DictConfig) -> float:
     """
     console = Console(stderr=True, quiet=rank_zero_only.rank > 0)
     folder = build.output_dir()
-    if sweep.in_sweep():
-        done = sweep.finished(cfg, folder)
-        if done is not None:
-            console.print(f"Done before: {folder}", soft_wrap=True)
-            return done
-        if sweep.start(cfg, folder):
-            console.print(f"Starts afresh, since it was begun with another configuration: {folder}", soft_wrap=True)
+    if sweep.in_sweep() and (done := jobs.finished(cfg, folder)) is not None:
+        console.print(f"Done before: {folder}", soft_wrap=True)
+        return done
+    if differ := jobs.start(cfg, folder, afresh=sweep.in_sweep()):
+        how = "Starts afresh in" if sweep.in_sweep() else "Goes on with the checkpoint of"
+        console.print(f"{how} {folder}, which was begun with other choices: {', '.join(differ)}", soft_wrap=True)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.make_model(cfg)
     first = deepcopy(model.backbone)
@@ -58,8 +56,8 @@ def run(cfg: DictConfig) -> float:
     module = make_module(cfg, model, protocol)
     console.print(summary(model))
     learns = build.make(cfg.tuning).trained(model)  # in one phase or another
-    complete = cfg.backbone.get("name") in ("basicvsr_tiny", "bicubic") or cfg.backbone.get("path", "") is not None
-    if not complete and not any(name.startswith("backbone.") for name in learns):
+    given = cfg.backbone.get("path", "") is not None or cfg.backbone.name in SHIPPED or not model.fingerprint
+    if not given and not any(name.startswith("backbone.") for name in learns):
         console.print("The backbone has no weights and does not learn: give backbone.path=FILE, or another tuning.")
     more: dict[str, Any] = {}
     more["parameters"] = build.count_parameters(model) | {"trainable": module.trainable}  # in one phase or another
@@ -72,7 +70,7 @@ def run(cfg: DictConfig) -> float:
             return float("nan")
         if pruning:
             console.print(f"Stopped at step {max(pruning.curve)}: behind the runs of this search that are done")
-            return sweep.mark_pruned(cfg, folder, pruning.curve, **more)
+            return jobs.mark_pruned(cfg, folder, pruning.curve, **more)
         save(model, folder)
     else:
         console.print("Nothing to train: the model is measured as it is.")
@@ -119,7 +117,7 @@ def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> t
         callbacks.append(timer := Timer())
     loggers = [*build.make_each(cfg.logger).values()]
     trainer: Trainer = build.make({**build.as_plain(cfg.trainer), "callbacks": callbacks, "logger": loggers})
-    checkpoint = folder / CHECKPOINT
+    checkpoint = folder / jobs.CHECKPOINT
     if checkpoint.exists():
         console.print(f"Going on from {checkpoint}", soft_wrap=True)
     try:

@@ -1,0 +1,104 @@
+"""What a job's folder says of it: with which choices it was begun, that it is done, that it failed or was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vsrplug.commands import build
+
+BEGUN, FAILED, METRICS = "job.json", "failed.json", "metrics.json"
+CHECKPOINT = "checkpoints/last.ckpt"
+
+
+def configuration(cfg: DictConfig) -> dict[str, Any]:
+    """Everything that decides a job's result; where its files lie does not."""
+    plain = {key: value for key, value in build.as_plain(cfg).items() if key != "paths"}
+    text = json.dumps(plain, sort_keys=True, default=str).replace(str(build.output_dir()), "")
+    return json.loads(text)
+
+
+def digest(cfg: DictConfig) -> str:
+    """Of `configuration`."""
+    text = json.dumps(configuration(cfg), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def finished(cfg: DictConfig, folder: Path) -> float | None:
+    """The PSNR of a job that was finished in this folder with the same configuration, or None."""
+    figures = _read(folder / METRICS)
+    psnr = figures.get("psnr") if figures.get("job") == digest(cfg) else None
+    return None if psnr is None else float(psnr)
+
+
+def start(cfg: DictConfig, folder: Path, *, afresh: bool) -> list[str]:
+    """Leave `job.json` with the choices of a job that begins or goes on in this folder; an earlier error is removed.
+
+    Args:
+        cfg: the job's configuration.
+        folder: where it works.
+        afresh: whether a checkpoint of other choices is set aside, and figures in any case: as `before.ckpt` and
+            `metrics.before.json` they are not taken for this job's.
+
+    Returns:
+        How the choices differ from those which the checkpoint was begun with, `optim.optimizer.lr=0.01 (was 0.001)`;
+        nothing where there is no checkpoint.
+    """
+    (folder / FAILED).unlink(missing_ok=True)
+    checkpoint = folder / CHECKPOINT
+    before, now = _read(folder / BEGUN).get("choices"), configuration(cfg)
+    one, other = _flat(before or now), _flat(now)
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    differ = [f"{key}={other.get(key)} (was {one.get(key)})" for key in keys] if checkpoint.exists() else []
+    if afresh and differ:
+        checkpoint.replace(checkpoint.with_name("before.ckpt"))
+    if afresh and (folder / METRICS).exists():
+        (folder / METRICS).replace(folder / "metrics.before.json")
+    build.write_json({"job": digest(cfg), "choices": now}, folder / BEGUN)
+    return differ
+
+
+def mark_failed(folder: Path, error: BaseException, message: str) -> None:
+    """Leave `failed.json` with the error and the job's choices in its folder."""
+    text = "".join(traceback.format_exception(error))
+    build.write_json({"error": message, "traceback": text, "choices": build.choices()}, folder / FAILED)
+
+
+def mark_pruned(cfg: DictConfig, folder: Path, curve: Mapping[int, float], **more: Any) -> float:
+    """Leave a `metrics.json` that says `pruned`: the PSNR at the step at which a search stopped the job, and no more.
+
+    Args:
+        cfg: the job's configuration.
+        folder: where the file goes.
+        curve: step -> PSNR at the validations.
+        more: for `metrics.json`, as it is.
+
+    Returns:
+        The last PSNR of the curve.
+    """
+    step = max(curve)
+    figures = {"psnr": curve[step], "pruned": step, "protocol": cfg.protocol.name, "seed": cfg.seed, "job": digest(cfg)}
+    build.write_json(figures | {"choices": build.choices()} | more, folder / METRICS)
+    return curve[step]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Nothing where there is no such file, or it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}".lstrip(".")).items()}
