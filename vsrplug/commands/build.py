@@ -105,7 +105,8 @@ def folder_name(overrides: str) -> str:
     name = re.sub(r"[^\w=,.+-]+", "-", name)
     if len(name.encode()) <= 100:
         return name or "defaults"
-    return f"{name.encode()[:90].decode(errors='ignore')}~{hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()}"
+    digest = hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()
+    return f"{name.encode()[:90].decode(errors='ignore')}~{digest}"
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
