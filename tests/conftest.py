@@ -20,6 +20,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning leaves the port of several processes behind, which the next ones would take instead of a free one."""
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+
+
 @pytest.fixture(scope="session")
 def golden() -> ModuleType:
     """The module that rebuilds what official implementations computed."""

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -357,7 +358,7 @@ def staged(folder: Path, *callbacks: Any, ckpt: Path | None = None) -> Adversari
     module = made(Staged(PHASES), schedule=schedule)
     saving = ModelCheckpoint(folder, "last", every_n_train_steps=1, enable_version_counter=False)
     running = trainer(8, saving, EMA(decay=0.5), *callbacks, plugins=[WholeCheckpoints()], enable_checkpointing=True)
-    torch.manual_seed(hash(folder) % 1000)  # the global generator may be anywhere
+    torch.manual_seed(zlib.crc32(str(folder).encode()))  # the global generator may be anywhere
     running.fit(module, data(masks=None), ckpt_path=ckpt, weights_only=True)
     return module
 

@@ -160,7 +160,9 @@ def test_single_and_double_precision_give_the_same_bytes(degradation: Degradatio
 def test_single_and_double_precision_give_the_same_bytes_on_real_frames(
     degradation: Degradation, real_data: Path
 ) -> None:
-    for file in sorted((real_data / "vid4" / "GT").glob("*/00000010.png")):
+    files = sorted((real_data / "vid4" / "GT").glob("*/00000010.png"))
+    assert files
+    for file in files:
         hr = torch.from_numpy(np.array(Image.open(file))).movedim(-1, 0)
         assert np.array_equal(as_bytes(degradation(hr.float() / 255)), as_bytes(degradation(hr.double() / 255)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_undisturbed_one(
         averages = [EMA(decay=0.5)] if ema else []
         arguments = {"enable_checkpointing": True, "accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
         running = trainer(8, saving, *averages, *callbacks, plugins=[WholeCheckpoints()], **arguments)
-        torch.manual_seed(hash(folder) % 1000)  # the global generator may be anywhere
+        torch.manual_seed(zlib.crc32(str(folder).encode()))  # the global generator may be anywhere
         running.fit(module, data(), ckpt_path=ckpt, weights_only=True)
         return module
 

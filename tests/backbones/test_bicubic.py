@@ -34,7 +34,7 @@ def test_equals_imresize(scale: int, h: int, w: int) -> None:
     rows, columns = imresize_matrix(h, scale), imresize_matrix(w, scale)
     expected = np.einsum("oh,btchw,pw->btcop", rows, frames.numpy(), columns)
     assert np.abs(Bicubic(scale)(frames).numpy() - expected).max() < 1e-12
-    assert np.abs(Bicubic(scale)(frames.float()).numpy() - expected).max() < 1e-6
+    assert np.abs(Bicubic(scale)(frames.float()).numpy() - expected).max() < 3e-6
 
 
 def test_half_precision_and_compilation() -> None:

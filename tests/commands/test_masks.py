@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
-import random
 import re
 import shlex
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,8 @@ def held(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def child(line: list[str]) -> int:
-    """The command in a process of its own; its id."""
+def child(line: list[str], dies_at: int | None = None) -> int:
+    """The command in a process of its own, which a kill ends when it begins with so many masks done; its id."""
     process = os.fork()
     if process:
         return process
@@ -60,8 +59,16 @@ def child(line: list[str]) -> int:
     import sys
 
     sys.argv = ["vsrplug", *line]
-    status = 1
+    status, made = 1, itertools.count()
+    make = Superpixels.__call__
+
+    def dying(source: Superpixels, frames: Any) -> Any:
+        if next(made) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(source, frames)
+
     try:
+        Superpixels.__call__ = dying  # type: ignore[method-assign]
         main()
         status = 0
     finally:
@@ -101,23 +108,17 @@ def test_a_new_clip_is_added(clips: Path, tmp_path: Path, vsrplug: Vsrplug, caps
     assert sorted(held(tmp_path / "masks")) == ["a.masks", "b.masks", "c.masks"]
 
 
-def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(clips: Path, tmp_path: Path) -> None:
-    whole, out, finished = tmp_path / "whole", tmp_path / "masks", [tmp_path / "masks"]
-    start = time.perf_counter()
+def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(clips: Path, tmp_path: Path) -> None:
+    """Before the first mask, within a clip, and after a whole one: each kill leaves other files."""
+    whole, out = tmp_path / "whole", tmp_path / "masks"
     assert status_of(child(arguments(clips, whole))) == 0
-    duration = time.perf_counter() - start
-    kills, draw = 0, random.Random(0)
-    while kills < 5:
-        process = child(arguments(clips, out))
-        time.sleep(draw.uniform(0.2, 0.7) * duration)
-        os.kill(process, signal.SIGKILL)
-        if status_of(process) == -signal.SIGKILL:
-            kills += 1
-        else:  # it was too fast
-            finished.append(out := tmp_path / f"masks{len(finished)}")
+    left = []
+    for dies_at in (0, 2, 5, 1, 4):
+        assert status_of(child(arguments(clips, out), dies_at)) == -signal.SIGKILL
+        left.append({name: len(content) for name, content in held(out).items()})
+    assert all(one != other for one, other in itertools.pairwise(left))
     assert status_of(child(arguments(clips, out))) == 0
-    for folder in finished:
-        assert held(folder) == held(whole)  # nothing more, too: no temporary file
+    assert held(out) == held(whole)  # nothing more, too: no temporary file
 
 
 def test_workers_share_a_folder(clips: Path, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_sweep_killed_twice_ends_with_the_figures_of_an_undisturbed_one(
     vsrplug: Callable[..., None], tmp_path: Path, tiny: dict[str, list[str]]
 ) -> None:
@@ -56,14 +57,14 @@ def test_a_sweep_killed_twice_ends_with_the_figures_of_an_undisturbed_one(
     arguments = ["train", "-m", "plugins=none,memory_bank,efst", "tuning=plugins_only,full", "seed=0,1"]
     arguments += [*tiny["train"], "trainer.max_steps=4"]
 
-    def run(folder: str, kill_after: int | None = None) -> str:
-        """Killed at a random moment of the next second, once so many jobs are done."""
+    def run(folder: str, kill_after: int | None = None, within: float = 0.0) -> str:
+        """Killed at a random moment of the seconds `within`, once so many jobs are done."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "VSRPLUG_RUNS": str(tmp_path / folder), "COLUMNS": "200"}
         running = subprocess.Popen([*COMMAND, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
         if kill_after is not None:
             while len(figures(tmp_path / folder)) < kill_after and running.poll() is None:
                 time.sleep(0.05)
-            time.sleep(random.SystemRandom().uniform(0, 1))
+            time.sleep(random.SystemRandom().uniform(0, within))
             running.send_signal(signal.SIGKILL)
         errors = running.communicate()[1]
         assert running.returncode == (0 if kill_after is None else -signal.SIGKILL), errors
@@ -74,10 +75,12 @@ def test_a_sweep_killed_twice_ends_with_the_figures_of_an_undisturbed_one(
     kinds = [f"plugins={p},seed={s},tuning={t}" for p in ("none", "memory_bank", "efst") for s in (0, 1)
              for t in ("plugins_only", "full")]  # fmt: skip
     assert sorted(whole) == sorted(kinds)
-    run("killed", 2)
+    ends = sorted(file.stat().st_mtime for file in tmp_path.glob("whole/sweeps/*/*/metrics.json"))
+    job = (ends[-1] - ends[3]) / 8  # seconds that one takes which trains: the first four are of plugins=none
+    run("killed", 2, within=job)
     before = len(figures(tmp_path / "killed"))
     assert 2 <= before < 12
-    run("killed", before + 1)  # not before it works: starting takes seconds
+    run("killed", before + 1, within=job)  # not before it works: starting takes seconds
     before = len(figures(tmp_path / "killed"))
     errors = run("killed")
     assert errors.count("Done before: ") >= before

@@ -42,14 +42,17 @@ def same(first: Path, second: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def killed_at_random(command: list[str], folder: Path) -> Path:
-    """The checkpoint that is left. A run that was over before its kill is run again."""
+def killed_at_random(command: list[str], folder: Path, within: float) -> Path:
+    """Within so many seconds of its first checkpoint, which is what this returns; the last, that is.
+
+    A run that was over before its kill is run again.
+    """
     checkpoint, metrics = folder / "checkpoints" / "last.ckpt", folder / "metrics.json"
     while True:
         running = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         while not checkpoint.exists() and running.poll() is None:
             time.sleep(0.01)
-        time.sleep(random.SystemRandom().random())
+        time.sleep(random.SystemRandom().uniform(0, within))
         running.send_signal(signal.SIGKILL)
         _, errors = running.communicate()
         assert checkpoint.exists(), errors
@@ -81,14 +84,15 @@ def test_a_run_killed_at_a_random_moment_and_resumed_gives_the_same_weights(
     ]
     train.run(job("train", tmp_path / "whole", *overrides))
     command = [*COMMAND, "train", *overrides, f"hydra.run.dir={tmp_path / 'killed'}"]
-    checkpoint = killed_at_random(command, tmp_path / "killed")
+    whole = figures(tmp_path / "whole")
+    checkpoint = killed_at_random(command, tmp_path / "killed", within=whole["training_seconds"])
     saved = torch.load(checkpoint, weights_only=True)
     step, seconds = saved["global_step"], saved["callbacks"]["Timer"]["time_elapsed"]["train"]
     resumed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     for name in ("plugins.safetensors", "backbone.safetensors"):
         assert same(tmp_path / "whole" / name, tmp_path / "killed" / name), (name, step)
-    whole, killed = figures(tmp_path / "whole"), figures(tmp_path / "killed")
+    killed = figures(tmp_path / "killed")
     assert whole["clips"] == killed["clips"]
     assert whole["compared"] == killed["compared"]  # the backbone of before is the untrained one, not the resumed
     assert killed["training_seconds"] >= seconds > 0  # of both parts
