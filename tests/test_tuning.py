@@ -74,6 +74,14 @@ def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing(model: P
     assert learning(model) == before
 
 
+def test_a_pattern_alone_is_no_list() -> None:
+    for name in ("train", "freeze"):
+        with pytest.raises(
+            ValueError, match=rf"^tuning: {name} is a list of patterns, got 'a\.\*'; try {name}=\[a\.\*\]$"
+        ):
+            Tuning(**{name: "a.*"})
+
+
 def test_the_error_offers_the_nearest_names(model: PluggedModel) -> None:
     message = (
         r"matches 'plugins\.sem\.\*'; did you mean 'plugins\.seem\.at' .*Known: backbone\.spynet\.\w+, .*bank\.at\.$"

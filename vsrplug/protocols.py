@@ -38,7 +38,7 @@ class Protocol:
 
     Raises:
         ValueError: no clips, unknown colour, negative border, skip_frames or between, `between` with `mirror`, a clip
-            that skip_frames leaves nothing of.
+            that skip_frames leaves nothing of, a degradation that cannot be called.
     """
 
     name: str
@@ -57,6 +57,11 @@ class Protocol:
             raise ValueError(f"protocol {self.name!r}: {error}") from None
         if not len(self.clips):
             raise ValueError(f"protocol {self.name!r} has no clips: the data source is empty")
+        if not callable(self.degradation):
+            raise ValueError(
+                f"protocol {self.name!r}: degradation is {self.degradation!r}; expected an object that makes lr of hr, "
+                f"on the command line degradation@protocol.degradation={self.degradation}"
+            )
         if self.skip_frames < 0:
             raise ValueError(f"protocol {self.name!r}: skip_frames is 0 or more, got {self.skip_frames}")
         if self.between < 0 or (self.between and self.mirror):

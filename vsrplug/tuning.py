@@ -42,6 +42,9 @@ class Tuning:
         lr: the phase starts afresh at this rate, optimizer state and schedule too. None: it goes on with the rate,
             the schedule and the optimizer state that there are; the first phase has the optimizer's rate.
         losses: weight by name, as `VSRModule` takes them; None for the run's.
+
+    Raises:
+        ValueError: a string where a list of patterns belongs.
     """
 
     train: Sequence[str] = ("*",)
@@ -52,6 +55,11 @@ class Tuning:
     steps: int | None = None
     lr: float | None = None
     losses: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("train", "freeze"):
+            if isinstance(patterns := getattr(self, name), str):
+                raise ValueError(f"tuning: {name} is a list of patterns, got {patterns!r}; try {name}=[{patterns}]")
 
     @property
     def phases(self) -> dict[str, Tuning]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from vsrplug import conf
-from vsrplug.commands import COMMANDS
+from vsrplug.commands import COMMANDS, train
 
 CONF = Path(conf.__file__).parent
 UNTRAINED = "backbone=basicvsr_tiny_untrained"
@@ -128,6 +130,17 @@ def test_an_expected_error_is_one_line(
         ("trainer.max_stepz=4", "there is no configuration key 'trainer.max_stepz'; did you mean 'trainer.max_steps'"),
         ("seed=[1", "'seed=[1' cannot be read as key=value: no viable alternative at input '[1'; quotes keep"),
         ("backbone.path", "'backbone.path' cannot be read as key=value: missing EQUAL at '<EOF>'; quotes keep"),
+        ("experment=demo", "there is no configuration key 'experment'; did you mean 'experiment'?"),
+        ("optim.lr=1e-3", "there is no configuration key 'optim.lr'; did you mean 'optim.optimizer.lr'?"),
+        (
+            "plugins.memory_bank.entries=12",
+            "there is no configuration key 'plugins.memory_bank'. Known: none. Choose it first: plugins=memory_bank.",
+        ),
+        ("trainer.max_time=4", "there is no configuration key 'trainer.max_time'; did you mean 'trainer.max_steps'"),
+        (
+            "hydra/sweeper=optna",
+            "there is no choice of hydra/sweeper 'optna'; did you mean 'optuna'? Known: basic, optuna",
+        ),
         ("~plugin", "Could not delete from config. 'plugin' does not exist."),
     ],
 )
@@ -142,9 +155,52 @@ def test_what_does_not_compose_ends_in_one_line_with_the_nearest_names(
     text = str(caught.value)
     assert text.startswith(f"vsrplug train: {message}")
     assert "\n" not in text
-    assert "A new one is given with a plus: +trainer.max_stepz=..." in text or "stepz" not in text
+    takes = argument.startswith("trainer.max_time")
+    assert text.endswith(" One that the file leaves out takes a plus: +trainer.max_time=...") is takes
     assert "HYDRA_FULL_ERROR" not in os.environ
     assert not list(tmp_path.rglob("metrics.json"))
+
+
+def test_several_values_without_m(vsrplug: Callable[..., None]) -> None:
+    expected = (
+        "'plugins=seem,efst' is several values: -m runs one after another, plugins=[seem,efst] takes them at once"
+    )
+    with pytest.raises(SystemExit) as caught:
+        vsrplug("train", "plugins=seem,efst")
+    assert str(caught.value) == f"vsrplug train: {expected}"
+
+
+def test_what_a_protocol_has_of_its_own(vsrplug: Callable[..., None]) -> None:
+    with pytest.raises(SystemExit, match=r"'degradation'\. .* Here it is degradation@protocol\.degradation=\.\.\.$"):
+        vsrplug("evaluate", "degradation=bi")
+    with pytest.raises(SystemExit, match=r"on the command line degradation@protocol\.degradation=bi$"):
+        vsrplug("evaluate", "protocol=demo_bd_y", "protocol.degradation=bi")
+
+
+def test_flags_stand_anywhere(vsrplug: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VSRPLUG_RUNS", str(tmp_path))
+    seen: list[int] = []
+    monkeypatch.setattr(train, "run", lambda cfg: seen.append(cfg.seed))
+    (tmp_path / "my").mkdir()
+    vsrplug("train", "tuning=full", "--config-dir", str(tmp_path / "my"), "-m", "seed=3,4", "trainer.max_steps=2")
+    assert seen == [3, 4]
+    (folder,) = tmp_path.glob("sweeps/*")
+    assert folder.name == "tuning=full,seed=3,4,trainer.max_steps=2"
+    assert {job.name for job in folder.iterdir() if job.is_dir()} == {"seed=3", "seed=4"}
+
+
+def test_help_into_a_pipe_that_closes() -> None:
+    """As of `vsrplug train --help | head`."""
+    script = "import sys; from vsrplug.commands import main; sys.argv[1:] = ['train', '-h']; sys.stdin.read(); main()"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    running = subprocess.Popen([sys.executable, "-c", script], **pipes)
+    assert running.stdin is not None
+    assert running.stdout is not None
+    assert running.stderr is not None
+    running.stdout.close()
+    running.stdin.close()
+    assert running.wait() == 1
+    assert running.stderr.read() == b""
 
 
 def test_only_what_runs_many_times_takes_m(vsrplug: Callable[..., None]) -> None:

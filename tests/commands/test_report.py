@@ -84,10 +84,30 @@ def test_a_sweep_of_hydras_with_a_failure_and_a_gap(
 def test_the_same_folder_gives_the_same_files(sweep: Path, vsrplug: Callable[..., None]) -> None:
     vsrplug("report", str(sweep))
     first = [(sweep / name).read_bytes() for name in FILES]
-    vsrplug("report", str(sweep), "resamples=10000")
+    vsrplug("report", "resamples=10000", f"folder={sweep}")
     assert [(sweep / name).read_bytes() for name in FILES] == first
     vsrplug("report", str(sweep), "confidence=0.5")
     assert "50 % interval" in (sweep / "table.md").read_text()
+
+
+def test_what_follows_an_option_is_no_folder(
+    sweep: Path, vsrplug: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    vsrplug("report", "--cfg", "job", str(sweep))
+    assert f"folder: {sweep}" in capsys.readouterr().out.replace('"', "")
+
+
+def test_a_refused_start_in_a_finished_folder_leaves_its_figures_their_choices(
+    vsrplug: Callable[..., None], tmp_path: Path, tiny: dict[str, list[str]]
+) -> None:
+    begun = ["train", *tiny["train"], "plugins=memory_bank", "trainer.max_steps=2", f"hydra.run.dir={tmp_path / 'run'}"]
+    vsrplug(*begun)
+    for other in (["tuning=full"], ["plugins=efst"]):
+        with pytest.raises(SystemExit, match="is of a run with another"):
+            vsrplug(*begun, *other)
+        vsrplug("report", str(tmp_path))
+        (row,) = rows(tmp_path)
+        assert (row["plugins"], row["tuning"], row["seeds_done"]) == ("memory_bank", "plugins_only", "1")
 
 
 def test_what_runs_leave_is_what_is_read(

@@ -190,6 +190,15 @@ def test_a_run_that_goes_on_with_other_choices_says_so(
     said = "optim.optimizer.lr=0.01 (was 0.0002), optim.schedule.T_max=4 (was 3), trainer.max_steps=4 (was 3)\n"
     begun = f"Goes on with the checkpoint of {tuned}, which was begun with other choices: "
     assert begun + said in capsys.readouterr().err
+    for other, refused in (
+        (["plugins=efst"], "another backbone or plug-ins"),
+        (["plugins=memory_bank", "tuning=full"], "another tuning or optimizer"),
+    ):
+        with pytest.raises(ValueError, match=rf"last\.ckpt is of a run with {refused}; give what it had"):
+            train.run(job("train", tuned, *tiny["train"], *other, "trainer.max_steps=4"))
+        capsys.readouterr()
+    train.run(job("train", tuned, *command, "trainer.max_steps=3"))
+    assert "other choices" not in capsys.readouterr().err  # it was begun with these, whoever tried what since
 
 
 def test_a_folder_of_another_model_is_refused(
@@ -197,7 +206,9 @@ def test_a_folder_of_another_model_is_refused(
 ) -> None:
     checkpoint = tuned / "checkpoints" / "last.ckpt"
     before = checkpoint.read_bytes()
-    with pytest.raises(SystemExit, match=rf"^vsrplug train: {checkpoint} is of a run with another backbone or other"):
+    with pytest.raises(
+        SystemExit, match=rf"^vsrplug train: {checkpoint} is of a run with another backbone or plug-ins"
+    ):
         vsrplug("train", *tiny["train"], "plugins=seem", f"hydra.run.dir={tuned}")
     assert checkpoint.read_bytes() == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -53,4 +54,9 @@ def main() -> None:
     if command not in COMMANDS:
         sys.exit(f"vsrplug: {unknown_name('command', command, COMMANDS)} See vsrplug --help.")
     sys.argv = [sys.argv[0], *arguments[1:]]
-    import_module(f"vsrplug.commands.{command}").main()
+    try:
+        import_module(f"vsrplug.commands.{command}").main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `vsrplug train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
+        sys.exit(1)

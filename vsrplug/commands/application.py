@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vsrplug.commands import jobs, sweep
+from vsrplug.commands.arguments import split
 from vsrplug.commands.build import output_dir
 from vsrplug.commands.errors import KnownError, describe_error, describe_override_error, remedy
 from vsrplug.commands.help import asked_for, help_text
@@ -48,7 +49,7 @@ def command(config: str, run: Callable[[DictConfig], Any]) -> None:
                 jobs.mark_failed(output_dir(), error, message)
                 print(f"vsrplug {config}: {message}\nThe sweep goes on without {output_dir()}", file=sys.stderr)
                 return None  # of a search: a failed trial, which is told apart from a bad one
-            if not isinstance(error, KnownError) or full == "1":
+            if not isinstance(error, KnownError) or isinstance(error, BrokenPipeError) or full == "1":
                 raise
             raise SystemExit(f"vsrplug {config}: {message}") from None
         finally:
@@ -57,13 +58,14 @@ def command(config: str, run: Callable[[DictConfig], Any]) -> None:
 
     try:
         sweep.check(sys.argv[1:], config)
-        sys.argv[1:] = sweep.name_folders(sys.argv[1:], config)
+        options, overrides = split(sys.argv[1:])
+        sys.argv[1:] = sweep.name_folders([*options, *overrides], config)
         _set_full("1")  # else Hydra prints errors of the command line itself, without the nearest names
         application()
     except (HydraException, OmegaConfBaseException) as error:
         if full == "1":
             raise
-        raise SystemExit(f"vsrplug {config}: {describe_override_error(error)}") from None
+        raise SystemExit(f"vsrplug {config}: {describe_override_error(error, config)}") from None
     finally:
         _set_full(full)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from vsrplug.commands.arguments import CONFIG_DIR, split
 from vsrplug.commands.keys import CONF, known_keys, options
 
 
@@ -44,8 +46,8 @@ def _choices(names: Sequence[str]) -> list[str]:
 
 
 def _config_dirs(arguments: Sequence[str]) -> list[Path]:
-    line = "\n".join(arguments)
-    return [Path(found) for found in re.findall(r"^(?:--config-dir|-cd)[=\n](.+)$", line, flags=re.MULTILINE)]
+    words = [word for argument in split(arguments)[0] for word in argument.split("=", 1)]
+    return [Path(value) for option, value in itertools.pairwise(words) if option in CONFIG_DIR]
 
 
 def _text(config: str) -> str:

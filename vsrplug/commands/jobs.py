@@ -38,7 +38,7 @@ def finished(cfg: DictConfig, folder: Path) -> float | None:
 
 
 def start(cfg: DictConfig, folder: Path, *, afresh: bool) -> list[str]:
-    """Leave `job.json` with the choices of a job that begins or goes on in this folder; an earlier error is removed.
+    """Leave `job.json` with the choices of a job that begins in this folder; an earlier error is removed.
 
     Args:
         cfg: the job's configuration.
@@ -53,14 +53,13 @@ def start(cfg: DictConfig, folder: Path, *, afresh: bool) -> list[str]:
     (folder / FAILED).unlink(missing_ok=True)
     checkpoint = folder / CHECKPOINT
     before, now = _read(folder / BEGUN).get("choices"), configuration(cfg)
-    one, other = _flat(before or now), _flat(now)
-    keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
-    differ = [f"{key}={other.get(key)} (was {one.get(key)})" for key in keys] if checkpoint.exists() else []
+    differ = _differences(before, now) if before and checkpoint.exists() else []
     if afresh and differ:
         checkpoint.replace(checkpoint.with_name("before.ckpt"))
     if afresh and (folder / METRICS).exists():
         (folder / METRICS).replace(folder / "metrics.before.json")
-    build.write_json({"job": digest(cfg), "choices": now}, folder / BEGUN)
+    if not (before and checkpoint.exists()):
+        build.write_json({"job": digest(cfg), "choices": now}, folder / BEGUN)
     return differ
 
 
@@ -97,8 +96,11 @@ def _read(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}".lstrip(".")).items()}
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """As `key=now (was before)`; of a branch that is on one side alone, no more than that."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted(before.keys() | now.keys())
+        found = [_differences(before.get(name), now.get(name), f"{key}.{name}".lstrip(".")) for name in names]
+        return [line for lines in found for line in lines]
+    one, other = ("{...}" if isinstance(value, dict) else value for value in (before, now))
+    return [] if before == now else [f"{key}={other} (was {one})"]

@@ -11,15 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from vsrplug.commands.application import command
+from vsrplug.commands.arguments import split
 from vsrplug.reporting import Resampling, csv_table, latex, markdown, page, read_jobs, rich_table, sections
 from vsrplug.reporting.columns import counts, notes
 
 
 def main() -> None:
     """Entry point of `vsrplug report`; a word may be the folder alone."""
-    for i, word in enumerate(sys.argv[1:], 1):
-        if _is_folder(word):
-            sys.argv[i] = "folder='" + word.replace("'", "\\'") + "'"
+    options, words = split(sys.argv[1:])
+    sys.argv[1:] = [*options, *map(_quoted, words)]
     command("report", run)
 
 
@@ -54,11 +54,13 @@ def run(cfg: DictConfig) -> None:
     console.print(f"{counts(counted)}. {', '.join(files)} are in {folder}", markup=False, soft_wrap=True)
 
 
-def _is_folder(argument: str) -> bool:
-    """Not an override `key=value`, nor an option: a sweep's folder has `=` in its name, too."""
-    if argument.startswith("-"):
-        return False
-    return Path(argument).exists() or not re.match(r"[+~]{0,2}[\w.@]+=", argument)
+def _quoted(word: str) -> str:
+    """A folder, alone or after `folder=`, in quotes: that of a sweep has `=` and commas in its name."""
+    folder = word.removeprefix("folder=")
+    alone = folder == word and (Path(word).exists() or not re.match(r"[+~]{0,2}[\w.@]+=", word))
+    if not alone and (folder == word or folder.startswith(("'", '"'))):
+        return word
+    return "folder='" + folder.replace("'", "\\'") + "'"
 
 
 def _write(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vsrplug.commands import build
+from vsrplug.commands.arguments import split
 from vsrplug.evaluation import Report
 from vsrplug.plugged import digests
 from vsrplug.plugin_files import write_safetensors
@@ -66,7 +67,7 @@ def name_folders(arguments: list[str], command: str = "train") -> list[str]:
     """
     if not {"-m", "--multirun"} & set(arguments) or any(a.startswith("hydra.sweep.dir=") for a in arguments):
         return arguments
-    choices = [a for a in arguments if not a.startswith(("-", "hydra"))]
+    choices = [word for word in split(arguments)[1] if not word.startswith("hydra")]
     name = ",".join(choices if command == "train" else [command, *choices])  # which leave the same files
     folder = "hydra.sweep.dir='${paths.runs}/sweeps/" + build.folder_name(name) + "'"
     try:

@@ -123,12 +123,14 @@ def fit(cfg: DictConfig, module: VSRModule, folder: Path, console: Console) -> t
     try:
         # weights_only: a checkpoint is data, whoever gave it to us.
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):
-            raise
-        raise ValueError(
-            f"{checkpoint} is of a run with another backbone or other plug-ins; give those, or another hydra.run.dir"
-        ) from error
+    except (RuntimeError, ValueError) as error:
+        other = {"loading state_dict": "backbone or plug-ins", "loaded state dict": "tuning or optimizer"}
+        for said, what in other.items():
+            if said in str(error):
+                raise ValueError(
+                    f"{checkpoint} is of a run with another {what}; give what it had, or another hydra.run.dir"
+                ) from error
+        raise
     except SystemExit:  # Lightning's answer to Ctrl-C
         raise InterruptedError(f"interrupted; go on with the same command and hydra.run.dir={folder}") from None
     return timer.time_elapsed(), next((one for one in callbacks if isinstance(one, Pruning) and one.stopped), None)

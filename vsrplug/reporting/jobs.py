@@ -94,6 +94,8 @@ def _read_job(folder: Path, top: Path) -> Job:
     config = _mapping(_load(folder / ".hydra" / "config.yaml"))
     hydra = _mapping(_load(folder / ".hydra" / "hydra.yaml"))
     choices = _mapping(hydra, "hydra", "runtime", "choices")
+    if _others_choices(_mapping(_json(folder / "metrics.json"), "choices"), choices, config):
+        overrides, config, choices = (), {}, {}  # of a start that left no figures: those there are of an earlier one
     state: State = "not finished"
     figures, error, traceback, end = None, "", "", folder
     if (folder / "metrics.json").exists() and not _newer(folder / "failed.json", folder / "metrics.json"):
@@ -172,6 +174,14 @@ def _not_started(sweep: Path, begun: list[Job]) -> list[Job]:
     return jobs
 
 
+def _others_choices(written: Mapping[str, Any], choices: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether figures were written with other choices than those of the last start in their folder."""
+    attached = ",".join(config.get("plugins") or ()) or "none"
+    if config and written and not config.get("plugins_file") and attached != written.get("plugins", attached):
+        return True
+    return any(str(choices[key]) != str(written[key]) for key in written.keys() & choices.keys() - {"plugins"})
+
+
 def _unseeded(overrides: Iterable[str]) -> list[str]:
     return [override for override in overrides if not override.startswith("seed=")]
 
@@ -226,6 +236,6 @@ def _load(path: Path) -> Any:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
