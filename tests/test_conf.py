@@ -22,6 +22,7 @@ from vsrplug.commands.errors import describe_error
 from vsrplug.commands.keys import check_keys
 from vsrplug.corrupted import BICompression, BINoise
 from vsrplug.degradations import BD, BDDUF, BI, STVUN
+from vsrplug.json_files import write_json
 from vsrplug.plugged import attach
 from vsrplug.real_degradation import Real
 from vsrplug.site import SiteSpec
@@ -292,7 +293,7 @@ def test_long_names_are_cut_and_kept_apart() -> None:
 
 
 def test_written_figures_are_strict_json(tmp_path: Path) -> None:
-    build.write_json({"psnr": 1.5}, tmp_path / "metrics.json")
+    write_json({"psnr": 1.5}, tmp_path / "metrics.json")
     with pytest.raises(ValueError, match="Out of range float values"):
-        build.write_json({"psnr": float("nan")}, tmp_path / "metrics.json")
+        write_json({"psnr": float("nan")}, tmp_path / "metrics.json")
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"psnr": 1.5}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning import Callback, LightningModule, Trainer
 
+from vsrplug.json_files import read_json
 from vsrplug.plugin_files import whole_file
 from vsrplug.site import unknown_name
 
@@ -87,18 +88,9 @@ class Pruning(Callback):
 
 
 def _came_to_its_end(folder: Path) -> bool:
-    figures = _read(folder / METRICS)
+    figures = read_json(folder / METRICS)
     return bool(figures) and not figures.get("pruned")
 
 
 def _curve(folder: Path) -> dict[int, float]:
-    return {int(step): float(figure) for step, figure in _read(folder / CURVE).items()}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Nothing where there is no such file, or it is another's."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return {int(step): float(figure) for step, figure in read_json(folder / CURVE).items()}

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from vsrplug.commands import build, evaluate, main, train
 from vsrplug.evaluation import Report
+from vsrplug.json_files import write_json
 
 from .conftest import Job
 
@@ -36,7 +37,7 @@ def pretend(cfg: DictConfig) -> float:
     figures = Report("demo_bd_y", clips, "not asked for", 0.1)
     parameters = {"total": 10, "trainable": 5}
     written = {"parameters": parameters, "choices": build.choices() | {"plugins": plugins}, "seed": cfg.seed}
-    build.write_json(figures.to_dict() | written, build.output_dir() / "metrics.json")
+    write_json(figures.to_dict() | written, build.output_dir() / "metrics.json")
     return figures.psnr
 
 

@@ -16,6 +16,7 @@ import yaml
 from omegaconf import DictConfig
 
 from vsrplug.commands import build, jobs, train
+from vsrplug.json_files import write_json
 
 Run = Callable[..., Any]
 SITES = ["[fused]", "[backward_output,forward_output]", "[backward_output,forward_output,fused]"]
@@ -52,7 +53,7 @@ def test_a_search_tries_what_optuna_would_and_goes_on_after_a_kill(
         tried.append(choice)
         if bank.entries == 64:
             raise ValueError("too few")
-        build.write_json({"psnr": figure(*choice), "job": jobs.digest(cfg)}, build.output_dir() / "metrics.json")
+        write_json({"psnr": figure(*choice), "job": jobs.digest(cfg)}, build.output_dir() / "metrics.json")
         return figure(*choice)
 
     monkeypatch.setattr(train, "run", run)

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from vsrplug.commands import build, jobs, outcome, sweep, train
+from vsrplug.json_files import write_json
 from vsrplug.reporting import read_jobs
 
 COMMAND = [sys.executable, "-c", "from vsrplug.commands import main; main()"]
@@ -115,7 +116,7 @@ def test_failed_jobs_are_marked_and_the_others_finish(
     def run(cfg: DictConfig) -> float:
         if cfg.seed in failing:
             raise failing[cfg.seed]
-        build.write_json({"psnr": 1.0}, build.output_dir() / "metrics.json")
+        write_json({"psnr": 1.0}, build.output_dir() / "metrics.json")
         return 1.0
 
     monkeypatch.setattr(train, "run", run)
@@ -193,7 +194,7 @@ def test_what_seeds_have_in_common_is_measured_once_and_every_job_has_its_figure
 def test_a_job_is_finished_only_with_the_same_configuration(tmp_path: Path, job: Callable[..., DictConfig]) -> None:
     cfg = job("train", tmp_path, "seed=1")
     assert jobs.finished(cfg, tmp_path) is None
-    build.write_json({"psnr": 31.5, "job": jobs.digest(cfg)}, tmp_path / "metrics.json")
+    write_json({"psnr": 31.5, "job": jobs.digest(cfg)}, tmp_path / "metrics.json")
     assert jobs.finished(cfg, tmp_path) == 31.5
     assert jobs.finished(job("train", tmp_path, "seed=1", "paths.runs=elsewhere"), tmp_path) == 31.5
     assert jobs.finished(job("train", tmp_path, "seed=2"), tmp_path) is None

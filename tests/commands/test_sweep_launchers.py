@@ -28,8 +28,9 @@ from lightning import Trainer
 from omegaconf import DictConfig
 
 from vsrplug.callbacks import Progress
-from vsrplug.commands import build, sweep, train
+from vsrplug.commands import sweep, train
 from vsrplug.evaluation import Report
+from vsrplug.json_files import write_json
 
 from .conftest import Job
 from .test_sweep import figures
@@ -97,7 +98,7 @@ def test_files_of_processes_that_write_the_same_one_are_always_whole(fork: Run, 
 
     def write(end: Connection) -> None:
         for i in range(200):
-            build.write_json({"psnr": i, "more": "x" * 20_000}, file)
+            write_json({"psnr": i, "more": "x" * 20_000}, file)
         end.send("done")
 
     ends = [fork(write)[0] for _ in range(2)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -16,7 +15,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from vsrplug.plugged import PluggedModel, attach
-from vsrplug.plugin_files import load_plugins, whole_file
+from vsrplug.plugin_files import load_plugins
 
 
 def make(cfg: Any) -> Any:
@@ -57,13 +56,6 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
         "total": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-
-
-def write_json(value: dict[str, Any], path: Path) -> None:
-    """Write under a temporary name, which no other process has, and rename."""
-    text = json.dumps(value, indent=2, allow_nan=False)
-    with whole_file(path) as temporary:
-        Path(temporary).write_text(text + "\n", encoding="utf-8")
 
 
 def choices() -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vsrplug.commands import build
+from vsrplug.json_files import read_json, write_json
 
 BEGUN, FAILED, METRICS = "job.json", "failed.json", "metrics.json"
 CHECKPOINT = "checkpoints/last.ckpt"
@@ -32,7 +33,7 @@ def digest(cfg: DictConfig) -> str:
 
 def finished(cfg: DictConfig, folder: Path) -> float | None:
     """The PSNR of a job that was finished in this folder with the same configuration, or None."""
-    figures = _read(folder / METRICS)
+    figures = read_json(folder / METRICS)
     psnr = figures.get("psnr") if figures.get("job") == digest(cfg) else None
     return None if psnr is None else float(psnr)
 
@@ -52,21 +53,21 @@ def start(cfg: DictConfig, folder: Path, *, afresh: bool) -> list[str]:
     """
     (folder / FAILED).unlink(missing_ok=True)
     checkpoint = folder / CHECKPOINT
-    before, now = _read(folder / BEGUN).get("choices"), configuration(cfg)
+    before, now = read_json(folder / BEGUN).get("choices"), configuration(cfg)
     differ = _differences(before, now) if before and checkpoint.exists() else []
     if afresh and differ:
         checkpoint.replace(checkpoint.with_name("before.ckpt"))
     if afresh and (folder / METRICS).exists():
         (folder / METRICS).replace(folder / "metrics.before.json")
     if not (before and checkpoint.exists()):
-        build.write_json({"job": digest(cfg), "choices": now}, folder / BEGUN)
+        write_json({"job": digest(cfg), "choices": now}, folder / BEGUN)
     return differ
 
 
 def mark_failed(folder: Path, error: BaseException, message: str) -> None:
     """Leave `failed.json` with the error and the job's choices in its folder."""
     text = "".join(traceback.format_exception(error))
-    build.write_json({"error": message, "traceback": text, "choices": build.choices()}, folder / FAILED)
+    write_json({"error": message, "traceback": text, "choices": build.choices()}, folder / FAILED)
 
 
 def mark_pruned(cfg: DictConfig, folder: Path, curve: Mapping[int, float], **more: Any) -> float:
@@ -83,17 +84,8 @@ def mark_pruned(cfg: DictConfig, folder: Path, curve: Mapping[int, float], **mor
     """
     step = max(curve)
     figures = {"psnr": curve[step], "pruned": step, "protocol": cfg.protocol.name, "seed": cfg.seed, "job": digest(cfg)}
-    build.write_json(figures | {"choices": build.choices()} | more, folder / METRICS)
+    write_json(figures | {"choices": build.choices()} | more, folder / METRICS)
     return curve[step]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Nothing where there is no such file, or it is damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:

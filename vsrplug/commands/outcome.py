@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vsrplug.commands import build, crops, jobs, sweep
 from vsrplug.degradations import crop_to_multiple
 from vsrplug.evaluation import Report, eval_mode, evaluate, restore
+from vsrplug.json_files import write_json
 from vsrplug.metrics import psnr
 from vsrplug.module import clip_network
 from vsrplug.pictures import comparison, save_picture
@@ -86,7 +87,7 @@ def report(
         },
     }
     crops.write(pictures, folder)
-    build.write_json(figures | more, folder / "metrics.json")
+    write_json(figures | more, folder / "metrics.json")
     picture(networks, reports, protocol, folder / "comparison.png")
     console.print(table(reports))
     console.print(f"Results are in {folder}", soft_wrap=True)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vsrplug.commands import build
 from vsrplug.commands.arguments import split
 from vsrplug.evaluation import Report
+from vsrplug.json_files import write_json
 from vsrplug.plugged import digests
 from vsrplug.plugin_files import write_safetensors
 
@@ -179,7 +180,7 @@ def measured_once(
         except (OSError, ValueError, KeyError, SafetensorError):
             report, pictures = measure()
         write_safetensors(pictures, file.with_suffix(".safetensors"))
-        build.write_json(report.to_dict(), file)
+        write_json(report.to_dict(), file)
     return report, pictures
 
 

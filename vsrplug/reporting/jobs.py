@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from vsrplug.json_files import read_json
 
 from .figures import Figures, read_figures
 from .plan import planned
@@ -94,13 +95,13 @@ def _read_job(folder: Path, top: Path) -> Job:
     config = _mapping(_load(folder / ".hydra" / "config.yaml"))
     hydra = _mapping(_load(folder / ".hydra" / "hydra.yaml"))
     choices = _mapping(hydra, "hydra", "runtime", "choices")
-    if _others_choices(_mapping(_json(folder / "metrics.json"), "choices"), choices, config):
+    if _others_choices(_mapping(read_json(folder / "metrics.json"), "choices"), choices, config):
         overrides, config, choices = (), {}, {}  # of a start that left no figures: those there are of an earlier one
     state: State = "not finished"
     figures, error, traceback, end = None, "", "", folder
     if (folder / "metrics.json").exists() and not _newer(folder / "failed.json", folder / "metrics.json"):
         end = folder / "metrics.json"
-        written = _json(end)
+        written = read_json(end)
         choices = choices or _mapping(written, "choices")
         if "pruned" in written and "psnr" in written:
             state, error = "pruned", f"at step {written['pruned']}, with {written['psnr']:.3f} dB"
@@ -112,7 +113,7 @@ def _read_job(folder: Path, top: Path) -> Job:
                 state, error = "failed", str(reason)
     elif (folder / "failed.json").exists():
         end, state = folder / "failed.json", "failed"
-        failure = _json(end)
+        failure = read_json(end)
         choices = choices or _mapping(failure, "choices")
         error, traceback = str(failure.get("error", "failed.json cannot be read")), str(failure.get("traceback", ""))
     chosen = {group: str(option) for group, option in choices.items()}
@@ -120,7 +121,7 @@ def _read_job(folder: Path, top: Path) -> Job:
     grouped = [group for group in chosen if group.isidentifier() and group not in (*COLUMNS, *ELSEWHERE)]
     attached = (figures and figures.plugins) or ",".join(config.get("plugins") or ())
     settings = dict(_flat(config)) or {group: word for group, word in words.items() if group.isidentifier()}
-    seed = config.get("seed", words.get("seed", _json(end).get("seed") if figures else None))
+    seed = config.get("seed", words.get("seed", read_json(end).get("seed") if figures else None))
     return Job(
         name=folder.relative_to(top).as_posix(),
         state=state,
@@ -231,11 +232,3 @@ def _load(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     except (OSError, ValueError, yaml.YAMLError):
         return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
