@@ -177,7 +177,7 @@ def _not_started(sweep: Path, begun: list[Job]) -> list[Job]:
 
 def _others_choices(written: Mapping[str, Any], choices: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether figures were written with other choices than those of the last start in their folder."""
-    attached = ",".join(config.get("plugins") or ()) or "none"
+    attached = ",".join(name for name, call in _mapping(config, "plugins").items() if call) or "none"
     if config and written and not config.get("plugins_file") and attached != written.get("plugins", attached):
         return True
     return any(str(choices[key]) != str(written[key]) for key in written.keys() & choices.keys() - {"plugins"})
